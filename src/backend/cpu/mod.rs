@@ -1,0 +1,177 @@
+//! The CPU backend: a portable reference for every op, and vector kernels chosen at run time.
+
+mod attention;
+mod blocks;
+mod executor;
+mod fuse;
+mod linear;
+mod memory;
+mod pointwise;
+mod rope;
+mod simd;
+mod team;
+
+pub use executor::{Event, Schedule};
+pub use memory::{Element, Memory};
+pub use simd::Simd;
+
+use super::{Backend, DType, Error, Event as AnyEvent, Shape, Storage, Tensor};
+use crate::ops;
+use executor::Executor;
+use memmap2::Mmap;
+use std::sync::Arc;
+
+/// The host's processor.
+pub struct Cpu {
+    executor: Executor,
+    simd: Simd,
+    threads: usize,
+}
+
+impl Cpu {
+    /// `threads` = 0: all cores.
+    pub fn new(threads: usize) -> Arc<Cpu> {
+        Self::with(threads, Simd::detect(), Schedule::Steady)
+    }
+
+    /// With a chosen instruction set (at most what the processor has) and schedule: for tests and benches.
+    pub fn with(threads: usize, simd: Simd, schedule: Schedule) -> Arc<Cpu> {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = if threads == 0 { cores } else { threads };
+        Arc::new(Cpu { executor: Executor::new(threads, schedule), simd: simd.min(Simd::detect()), threads })
+    }
+
+    fn allocate(dtype: DType, dims: &[usize], what: &str) -> Result<Tensor, Error> {
+        let shape = Shape::new(dims);
+        let row = dims.last().copied().unwrap_or(1);
+        let rows: usize = dims[..dims.len().saturating_sub(1)].iter().product();
+        let bytes = dtype.row_bytes(row).and_then(|row| row.checked_mul(rows)).unwrap_or(usize::MAX);
+        let memory = Memory::zeroed(bytes);
+        let memory =
+            memory.ok_or(Error::OutOfMemory { device: "cpu", requested: bytes, what: what.into() })?;
+        Ok(Tensor::from_storage(Storage::Cpu(memory), dtype, shape, 0))
+    }
+}
+
+impl Backend for Cpu {
+    fn description(&self) -> String {
+        format!("cpu ({} threads, {})", self.threads, self.simd)
+    }
+
+    fn device(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn threads(&self) -> usize {
+        self.threads
+    }
+
+    fn alloc(&self, dtype: DType, dims: &[usize], what: &str) -> Result<Tensor, Error> {
+        Self::allocate(dtype, dims, what)
+    }
+
+    fn map(
+        &self,
+        file: &Arc<Mmap>,
+        offset: usize,
+        dtype: DType,
+        dims: &[usize],
+        what: &str,
+    ) -> Result<Tensor, Error> {
+        let mapped =
+            Tensor::from_storage(Storage::Cpu(Memory::mapped(file.clone())), dtype, Shape::new(dims), offset);
+        if (file.as_ptr() as usize + offset).is_multiple_of(dtype.align()) {
+            return Ok(mapped);
+        }
+        // A file may put a tensor at an odd address; such a one is copied.
+        let copy = Self::allocate(dtype, dims, what)?;
+        copy.host_bytes_mut().copy_from_slice(mapped.host_bytes());
+        Ok(copy)
+    }
+
+    fn upload(&self, queue: usize, bytes: &[u8], tensor: &Tensor) {
+        assert_eq!(bytes.len(), tensor.bytes(), "upload of the wrong size");
+        let (bytes, tensor): (Box<[u8]>, _) = (bytes.into(), tensor.clone());
+        self.executor.issue(queue, move |_| tensor.host_bytes_mut().copy_from_slice(&bytes));
+    }
+
+    fn download(&self, queue: usize, tensor: &Tensor) -> Result<Vec<u8>, Error> {
+        self.executor.synchronize(queue)?;
+        Ok(tensor.host_bytes().to_vec())
+    }
+
+    fn new_queue(&self) -> usize {
+        self.executor.new_queue()
+    }
+
+    fn record(&self, queue: usize) -> AnyEvent {
+        AnyEvent::Cpu(self.executor.record(queue))
+    }
+
+    fn wait(&self, queue: usize, event: &AnyEvent) {
+        let AnyEvent::Cpu(event) = event;
+        self.executor.wait(queue, event)
+    }
+
+    fn synchronize(&self, queue: usize) -> Result<(), Error> {
+        self.executor.synchronize(queue)
+    }
+
+    fn embed(&self, queue: usize, p: ops::EmbedParams, ids: &Tensor, table: &Tensor, out: &Tensor) {
+        let (ids, table, out) = (ids.clone(), table.clone(), out.clone());
+        self.executor.issue(queue, move |team| pointwise::embed(team, p, &ids, &table, &out));
+    }
+
+    fn rms_norm(&self, queue: usize, p: ops::RmsNormParams, x: &Tensor, weight: &Tensor, out: &Tensor) {
+        let (x, weight, out) = (x.clone(), weight.clone(), out.clone());
+        self.executor.issue(queue, move |team| pointwise::rms_norm(team, p, &x, &weight, &out));
+    }
+
+    fn linear(&self, queue: usize, p: ops::LinearParams, x: &Tensor, weight: &ops::Weight, out: &Tensor) {
+        let (simd, x, weight, out) = (self.simd, x.clone(), weight.clone(), out.clone());
+        self.executor.issue(queue, move |team| linear::linear(team, simd, p, &x, &weight, &out));
+    }
+
+    fn glu(&self, queue: usize, p: ops::GluParams, x: &Tensor, out: &Tensor) {
+        let (x, out) = (x.clone(), out.clone());
+        self.executor.issue(queue, move |team| pointwise::glu(team, p, &x, &out));
+    }
+
+    fn rope_kv_write(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeOperands) {
+        let operands = operands.clone();
+        self.executor.issue(queue, move |team| rope::rope_kv_write(team, p, &operands));
+    }
+
+    fn paged_attention(&self, queue: usize, p: ops::AttentionParams, operands: &ops::AttentionOperands) {
+        let (simd, operands) = (self.simd, operands.clone());
+        self.executor.issue(queue, move |team| attention::paged_attention(team, simd, p, &operands));
+    }
+
+    fn gather_rows(&self, queue: usize, x: &Tensor, rows: &Tensor, out: &Tensor) {
+        let (x, rows, out) = (x.clone(), rows.clone(), out.clone());
+        self.executor.issue(queue, move |_| pointwise::gather_rows(&x, &rows, &out));
+    }
+
+    fn copy_slots(
+        &self,
+        queue: usize,
+        from: &ops::KvPages,
+        from_slots: &Tensor,
+        to: &ops::KvPages,
+        to_slots: &Tensor,
+    ) {
+        let (from, from_slots, to, to_slots) =
+            (from.clone(), from_slots.clone(), to.clone(), to_slots.clone());
+        self.executor.issue(queue, move |_| rope::copy_slots(&from, &from_slots, &to, &to_slots));
+    }
+
+    fn soft_cap(&self, queue: usize, cap: f32, x: &Tensor) {
+        let x = x.clone();
+        self.executor.issue(queue, move |team| pointwise::soft_cap(team, cap, &x));
+    }
+
+    fn fuse(&self, queue: usize, p: ops::FuseParams, operands: &ops::FuseOperands) {
+        let (simd, operands) = (self.simd, operands.clone());
+        self.executor.issue(queue, move |team| fuse::fuse(team, simd, p, &operands));
+    }
+}

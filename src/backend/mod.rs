@@ -1,0 +1,229 @@
+//! The one trait that executes the vocabulary of [`crate::ops`], and what it is written in: [`Tensor`], [`Queue`],
+//! [`Event`].
+//!
+//! Operations are issued on a [`Queue`] and run in its order; two queues are ordered only by events. The host sees
+//! results after [`Queue::synchronize`] or a download. Shapes were checked in `ops`: a backend may assume them.
+
+pub mod cpu;
+mod dtype;
+mod tensor;
+
+pub use dtype::DType;
+pub use tensor::{Shape, Storage, Tensor};
+
+use crate::ops;
+use memmap2::Mmap;
+use std::{fmt, str::FromStr, sync::Arc, time::Duration};
+
+/// What can go wrong on a device, shapes aside.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("out of {device} memory: {requested} bytes requested for {what}")]
+    OutOfMemory { device: &'static str, requested: usize, what: String },
+    #[error("device `{0}` is not available: {1}")]
+    Unavailable(String, String),
+    #[error("unknown device `{0}`: use auto, cpu, cuda or cuda:N")]
+    UnknownDevice(String),
+    #[error("queues wait for each other: an event was waited for that no queue will record")]
+    Deadlock,
+}
+
+/// `--device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    #[default]
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text.split_once(':') {
+            None if text == "auto" => Ok(DeviceChoice::Auto),
+            None if text == "cpu" => Ok(DeviceChoice::Cpu),
+            None if text == "cuda" => Ok(DeviceChoice::Cuda(0)),
+            Some(("cuda", n)) => {
+                n.parse().map(DeviceChoice::Cuda).map_err(|_| Error::UnknownDevice(text.into()))
+            }
+            _ => Err(Error::UnknownDevice(text.into())),
+        }
+    }
+}
+
+/// Opens the chosen device once, at start, and logs which and why. `threads` = 0 means all cores.
+pub fn open(choice: DeviceChoice, threads: usize) -> Result<Arc<dyn Backend>, Error> {
+    match choice {
+        DeviceChoice::Cuda(n) => Err(Error::Unavailable(
+            format!("cuda:{n}"),
+            "this build has no CUDA backend; use --device cpu".into(),
+        )),
+        DeviceChoice::Auto | DeviceChoice::Cpu => {
+            let device = cpu::Cpu::new(threads);
+            let why =
+                if choice == DeviceChoice::Cpu { "asked for" } else { "this build has no CUDA backend" };
+            log::info!("device: {} ({why})", device.description());
+            Ok(device)
+        }
+    }
+}
+
+/// An ordered list of operations. Cloning names the same queue.
+#[derive(Clone)]
+pub struct Queue {
+    backend: Arc<dyn Backend>,
+    id: usize,
+}
+
+impl Queue {
+    pub fn new(backend: &Arc<dyn Backend>) -> Queue {
+        Queue { backend: backend.clone(), id: backend.new_queue() }
+    }
+
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
+    }
+
+    pub fn id(&self) -> usize {
+        self.id
+    }
+
+    /// Marks this point of the queue: the event is done when everything issued before is.
+    pub fn record(&self) -> Event {
+        self.backend.record(self.id)
+    }
+
+    /// Nothing issued on this queue after this call starts before `event` is done.
+    pub fn wait(&self, event: &Event) {
+        self.backend.wait(self.id, event)
+    }
+
+    /// Blocks until everything issued on this queue is done.
+    pub fn synchronize(&self) -> Result<(), Error> {
+        self.backend.synchronize(self.id)
+    }
+}
+
+/// A point in a queue.
+#[derive(Clone)]
+pub enum Event {
+    Cpu(cpu::Event),
+}
+
+impl Event {
+    /// Time that the queue which recorded both events spent on work between them; `None` until both are done.
+    pub fn elapsed_since(&self, earlier: &Event) -> Option<Duration> {
+        let (Event::Cpu(later), Event::Cpu(earlier)) = (self, earlier);
+        later.busy_since(earlier)
+    }
+
+    /// When the event was done, on the host's clock; `None` until then.
+    pub fn done_at(&self) -> Option<std::time::Instant> {
+        let Event::Cpu(event) = self;
+        event.done_at()
+    }
+}
+
+/// How exact an operation has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// f32 operands throughout (quantised weights are expanded exactly): what goldens are compared in.
+    F32,
+    /// What the weights' format allows: bf16 products for bf16 weights, int8 activations for block formats; always
+    /// with f32 accumulation.
+    Fast,
+}
+
+/// A device that executes the vocabulary of [`crate::ops`].
+///
+/// One method per op; operands are described at the op's function in `ops`, which checks them and is the only caller.
+pub trait Backend: Send + Sync {
+    /// For logs: `cpu (2 threads, AVX2)`.
+    fn description(&self) -> String;
+    fn device(&self) -> &'static str;
+    fn threads(&self) -> usize;
+
+    // Memory.
+    fn alloc(&self, dtype: DType, dims: &[usize], what: &str) -> Result<Tensor, Error>;
+    /// A tensor that lies at `offset` in a mapped file. Stays in the file where the device can read it there.
+    fn map(
+        &self,
+        file: &Arc<Mmap>,
+        offset: usize,
+        dtype: DType,
+        dims: &[usize],
+        what: &str,
+    ) -> Result<Tensor, Error>;
+    /// Copies `bytes` (exactly [`Tensor::bytes`]) into `tensor`, in queue order.
+    fn upload(&self, queue: usize, bytes: &[u8], tensor: &Tensor);
+    /// Waits for the queue and copies `tensor` out.
+    fn download(&self, queue: usize, tensor: &Tensor) -> Result<Vec<u8>, Error>;
+
+    // Order.
+    fn new_queue(&self) -> usize;
+    fn record(&self, queue: usize) -> Event;
+    fn wait(&self, queue: usize, event: &Event);
+    fn synchronize(&self, queue: usize) -> Result<(), Error>;
+
+    // The vocabulary.
+    fn embed(&self, queue: usize, p: ops::EmbedParams, ids: &Tensor, table: &Tensor, out: &Tensor);
+    fn rms_norm(&self, queue: usize, p: ops::RmsNormParams, x: &Tensor, weight: &Tensor, out: &Tensor);
+    fn linear(&self, queue: usize, p: ops::LinearParams, x: &Tensor, weight: &ops::Weight, out: &Tensor);
+    fn glu(&self, queue: usize, p: ops::GluParams, x: &Tensor, out: &Tensor);
+    fn rope_kv_write(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeOperands);
+    fn paged_attention(&self, queue: usize, p: ops::AttentionParams, operands: &ops::AttentionOperands);
+    fn gather_rows(&self, queue: usize, x: &Tensor, rows: &Tensor, out: &Tensor);
+    fn copy_slots(
+        &self,
+        queue: usize,
+        from: &ops::KvPages,
+        from_slots: &Tensor,
+        to: &ops::KvPages,
+        to_slots: &Tensor,
+    );
+    fn soft_cap(&self, queue: usize, cap: f32, x: &Tensor);
+    fn fuse(&self, queue: usize, p: ops::FuseParams, operands: &ops::FuseOperands);
+}
+
+/// Typed host access through a queue.
+impl Queue {
+    /// Allocates a tensor and fills it with `data`, in queue order.
+    pub fn tensor<T: cpu::Element>(&self, data: &[T], dims: &[usize], what: &str) -> Result<Tensor, Error> {
+        let tensor = self.backend.alloc(T::DTYPE, dims, what)?;
+        self.upload(data, &tensor);
+        Ok(tensor)
+    }
+
+    /// # Panics
+    /// If `data` has another type or length than `tensor`.
+    pub fn upload<T: cpu::Element>(&self, data: &[T], tensor: &Tensor) {
+        assert_eq!(
+            (T::DTYPE, data.len()),
+            (tensor.dtype(), tensor.elements()),
+            "upload of the wrong size or type"
+        );
+        self.backend.upload(self.id, bytemuck::cast_slice(data), tensor)
+    }
+
+    /// Waits for the queue and reads `tensor` as f32 (bf16 and f16 are widened).
+    pub fn download_f32(&self, tensor: &Tensor) -> Result<Vec<f32>, Error> {
+        let bytes = self.backend.download(self.id, tensor)?;
+        let halves = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+        Ok(match tensor.dtype() {
+            DType::F32 => {
+                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+            }
+            DType::Bf16 => halves().map(|h| half::bf16::from_bits(h).to_f32()).collect(),
+            DType::F16 => halves().map(|h| half::f16::from_bits(h).to_f32()).collect(),
+            other => panic!("a {other} tensor has no plain f32 reading"),
+        })
+    }
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Queue {} on {}", self.id, self.backend.description())
+    }
+}

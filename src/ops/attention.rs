@@ -1,0 +1,72 @@
+//! Causal attention over pages, for any mix of prefill and decode sequences.
+
+use super::{KvPages, ShapeError, check};
+use crate::backend::{DType, Queue, Tensor};
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionParams {
+    pub tokens: u32,
+    pub sequences: u32,
+    pub heads: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    /// Row stride of `q` in elements: q may be the left part of `[q | k | v]`.
+    pub q_stride: u32,
+    pub max_blocks: u32,
+    pub scale: f32,
+    /// `s = cap · tanh(s / cap)` before the softmax; 0 = none.
+    pub soft_cap: f32,
+    /// A query sees keys at distance `< window`; 0 = all earlier ones.
+    pub window: u32,
+}
+
+/// Operands of [`paged_attention`].
+#[derive(Clone, Debug)]
+pub struct AttentionOperands {
+    /// F32`[tokens, q_stride]`; the first `heads · head_dim` of a row are used.
+    pub q: Tensor,
+    pub pages: KvPages,
+    /// U32`[sequences + 1]`: rows `cu_q[s]..cu_q[s+1]` of q belong to sequence s, in order.
+    pub cu_q: Tensor,
+    /// U32`[sequences]`: keys of sequence s, its own new tokens included. Query i of n sits at key index
+    /// `context − n + i`.
+    pub context: Tensor,
+    /// U32`[sequences, max_blocks]`.
+    pub block_tables: Tensor,
+    /// F32`[tokens, heads · head_dim]`.
+    pub out: Tensor,
+}
+
+/// `out[t, h] = softmax(scale · q[t, h] · Kᵀ + mask) · V`, K and V of head `h / (heads / kv_heads)`.
+pub fn paged_attention(
+    queue: &Queue,
+    p: AttentionParams,
+    operands: &AttentionOperands,
+) -> Result<(), ShapeError> {
+    const OP: &str = "paged_attention";
+    let (tokens, sequences) = (p.tokens as usize, p.sequences as usize);
+    let width = (p.heads * p.head_dim) as usize;
+    check(OP, "q", &operands.q, &[DType::F32], &[tokens, p.q_stride as usize])?;
+    check(OP, "out", &operands.out, &[DType::F32], &[tokens, width])?;
+    check(OP, "cu_q", &operands.cu_q, &[DType::U32], &[sequences + 1])?;
+    check(OP, "context", &operands.context, &[DType::U32], &[sequences])?;
+    check(OP, "block_tables", &operands.block_tables, &[DType::U32], &[sequences, p.max_blocks as usize])?;
+    operands.pages.check(OP, "pages.keys", "pages.values")?;
+    let pages = &operands.pages;
+    if pages.kv_heads() != p.kv_heads as usize
+        || pages.head_dim() != p.head_dim as usize
+        || p.kv_heads == 0
+        || !p.heads.is_multiple_of(p.kv_heads)
+        || (p.q_stride as usize) < width
+    {
+        return Err(ShapeError {
+            op: OP,
+            operand: "pages.keys",
+            found: format!("{:?}", pages.keys),
+            expected: format!("{} kv heads × {} dividing {} heads", p.kv_heads, p.head_dim, p.heads),
+        });
+    }
+    queue.backend().paged_attention(queue.id(), p, operands);
+    Ok(())
+}

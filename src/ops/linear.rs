@@ -1,0 +1,77 @@
+//! Linear map: `out = x · Wᵀ + bias`, or added to `out`.
+
+use super::{FLOATS, ShapeError, check};
+use crate::backend::{DType, Precision, Queue, Tensor};
+
+/// A weight matrix `[rows, cols]`, possibly stacked from parts of different dtypes (q, k, v of one layer; gate and
+/// up), so that one op, and on the CPU one quantisation of the input, serves them all.
+#[derive(Clone, Debug)]
+pub struct Weight {
+    /// From the first output column to the last.
+    pub parts: Vec<WeightPart>,
+}
+
+#[derive(Clone, Debug)]
+pub struct WeightPart {
+    /// Any dtype but U32, `[rows, cols]`, row-major: one row an output column.
+    pub matrix: Tensor,
+    /// Float `[rows]`.
+    pub bias: Option<Tensor>,
+}
+
+impl Weight {
+    pub fn new(matrix: Tensor) -> Weight {
+        Weight { parts: vec![WeightPart { matrix, bias: None }] }
+    }
+
+    pub fn with_bias(matrix: Tensor, bias: Tensor) -> Weight {
+        Weight { parts: vec![WeightPart { matrix, bias: Some(bias) }] }
+    }
+
+    /// Width of the output.
+    pub fn rows(&self) -> usize {
+        self.parts.iter().map(|part| part.matrix.rows()).sum()
+    }
+
+    /// Width of the input.
+    pub fn cols(&self) -> usize {
+        self.parts.first().map_or(0, |part| part.matrix.row_len())
+    }
+
+    /// Bytes of the matrices, as they lie in memory.
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().map(|part| part.matrix.bytes()).sum()
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct LinearParams {
+    pub tokens: u32,
+    pub precision: Precision,
+    /// Add to `out` (a residual stream) instead of assigning.
+    pub accumulate: bool,
+}
+
+/// `x` F32`[tokens, cols]`, `out` F32`[tokens, rows]`, not overlapping `x`.
+pub fn linear(
+    queue: &Queue,
+    x: &Tensor,
+    weight: &Weight,
+    precision: Precision,
+    accumulate: bool,
+    out: &Tensor,
+) -> Result<(), ShapeError> {
+    let tokens = x.rows();
+    check("linear", "x", x, &[DType::F32], &[tokens, weight.cols()])?;
+    for part in &weight.parts {
+        let rows = part.matrix.rows();
+        check("linear", "weight", &part.matrix, &DType::ALL, &[rows, weight.cols()])?;
+        if let Some(bias) = &part.bias {
+            check("linear", "bias", bias, FLOATS, &[rows])?;
+        }
+    }
+    check("linear", "out", out, &[DType::F32], &[tokens, weight.rows()])?;
+    let p = LinearParams { tokens: tokens as u32, precision, accumulate };
+    queue.backend().linear(queue.id(), p, x, weight, out);
+    Ok(())
+}

@@ -1,0 +1,61 @@
+//! q/k norm, rotary embedding and the paged K/V write, in one pass over `[q | k | v]`.
+
+use super::{FLOATS, KvPages, ShapeError, check};
+use crate::backend::{DType, Queue, Tensor};
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct RopeParams {
+    pub tokens: u32,
+    pub heads: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+    /// Of the q/k norm.
+    pub norm_eps: f32,
+    /// Of the q/k norm: see [`super::RmsNormParams::offset`].
+    pub norm_offset: f32,
+    /// 1 where q and k rows come in GGUF-Llama order (pairs `2i, 2i+1` rotate); the cache is always written in Hugging
+    /// Face order (`i, i + head_dim/2`), so that caches and fusers don't depend on the file a model came from.
+    pub interleaved: u32,
+}
+
+/// Operands of [`rope_kv_write`].
+#[derive(Clone, Debug)]
+pub struct RopeOperands {
+    /// F32`[tokens, (heads + 2 · kv_heads) · head_dim]`; q is normalised and rotated in place.
+    pub qkv: Tensor,
+    /// Float `[head_dim]`, both or none.
+    pub q_norm: Option<Tensor>,
+    pub k_norm: Option<Tensor>,
+    /// F32`[tokens, head_dim]`: for each token `head_dim/2` cosines, then as many sines.
+    pub cos_sin: Tensor,
+    /// U32`[tokens]`: where each token's K and V go.
+    pub slots: Tensor,
+    pub pages: KvPages,
+}
+
+/// Normalises (where the model has q/k norms) and rotates q and k, writes k and v to the pages.
+pub fn rope_kv_write(queue: &Queue, p: RopeParams, operands: &RopeOperands) -> Result<(), ShapeError> {
+    const OP: &str = "rope_kv_write";
+    let (tokens, head_dim) = (p.tokens as usize, p.head_dim as usize);
+    let width = (p.heads as usize + 2 * p.kv_heads as usize) * head_dim;
+    check(OP, "qkv", &operands.qkv, &[DType::F32], &[tokens, width])?;
+    check(OP, "cos_sin", &operands.cos_sin, &[DType::F32], &[tokens, head_dim])?;
+    check(OP, "slots", &operands.slots, &[DType::U32], &[tokens])?;
+    for (name, norm) in [("q_norm", &operands.q_norm), ("k_norm", &operands.k_norm)] {
+        if let Some(norm) = norm {
+            check(OP, name, norm, FLOATS, &[head_dim])?;
+        }
+    }
+    operands.pages.check(OP, "pages.keys", "pages.values")?;
+    let pages = operands.pages.keys.shape();
+    check(
+        OP,
+        "pages.keys",
+        &operands.pages.keys,
+        super::KV_DTYPES,
+        &[pages[0], p.kv_heads as usize, pages[2], head_dim],
+    )?;
+    queue.backend().rope_kv_write(queue.id(), p, operands);
+    Ok(())
+}
