@@ -1,1 +1,1 @@
-//! tokenizer
+//! Text to token ids and back.
