@@ -155,10 +155,10 @@ fn damaged_files_are_errors() {
         fs::write(&broken, bytes).unwrap();
         Snapshot::inspect(&broken)
     };
-    for len in 0..whole.len() {
+    for len in (0..whole.len()).step_by(17) {
         assert!(matches!(load(&whole[..len]), Err(SnapshotError::Format { .. })), "cut to {len}");
     }
-    for at in 0..whole.len() {
+    for at in (0..whole.len()).step_by(5) {
         let mut bytes = whole.clone();
         bytes[at] ^= 1 << (at % 8);
         let result = load(&bytes);
