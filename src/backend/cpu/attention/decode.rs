@@ -5,7 +5,7 @@
 //! lanes of registers; up to three rows by four keys (or registers of a value) are worked on together.
 
 use super::{
-    Call, Scratch, block_of, page_ptr,
+    Call, Exponent, Scratch, block_of, page_ptr,
     plan::{Reduction, Task},
     vector::{PageElement, Vector, tanh},
     widen_row,
@@ -28,7 +28,7 @@ struct Stretch<'a, T> {
 /// The rows of a task.
 struct Rows<'a> {
     call: &'a Call<'a>,
-    /// `[rows][wide]`, scaled, padded with 0.
+    /// `[rows][wide]`, padded with 0.
     q: *const f32,
     /// `[rows][KEYS]`.
     scores: *mut f32,
@@ -36,7 +36,7 @@ struct Rows<'a> {
     sums: *mut f32,
     max: *mut f32,
     weight: *mut f32,
-    cap: Option<f32>,
+    exponent: Exponent,
 }
 
 /// # Safety
@@ -64,11 +64,11 @@ unsafe fn decode_pages<V: Vector, T: PageElement + Element>(
     // Rows that don't fill registers are staged in ones that do.
     let staged = if dim == wide { 0 } else { KEYS * wide };
     let [q, scores, keys, values] = scratch.pieces([rows * wide, rows * KEYS, staged, staged]);
-    let (scale, cap) = call.score_units();
+    let exponent = call.exponent();
     for (r, q) in q.chunks_exact_mut(wide).enumerate() {
         let query = call.query(sequence.row + r / call.group, task.kv_head * call.group + r % call.group);
         q[dim..].fill(0.0);
-        q.iter_mut().zip(query).for_each(|(y, x)| *y = x * scale);
+        q[..dim].copy_from_slice(query);
     }
     keys.fill(0.0);
     values.fill(0.0);
@@ -83,7 +83,7 @@ unsafe fn decode_pages<V: Vector, T: PageElement + Element>(
         // SAFETY: as above.
         unsafe { (*max.add(r), *weight.add(r)) = (f32::MIN, 0.0) }
     }
-    let rows_of = Rows { call, q: q.as_ptr(), scores: scores.as_mut_ptr(), sums: partial, max, weight, cap };
+    let rows_of = Rows { call, q: q.as_ptr(), scores: scores.as_mut_ptr(), sums: partial, max, weight, exponent };
 
     let mut offsets = [0; KEYS];
     for start in (task.from..task.to).step_by(KEYS) {
@@ -185,7 +185,7 @@ unsafe fn attend_block<V: Vector, T: PageElement, const R: usize>(
         for r in 0..R {
             let (max, weight) = (rows.max.add(first + r), rows.weight.add(first + r));
             let seen = sight(first + r);
-            shrink[r] = softmax::<V>(scores.add(r * KEYS), stretch.count, seen, rows.cap, max, weight);
+            shrink[r] = softmax::<V>(scores.add(r * KEYS), stretch.count, seen, rows.exponent, max, weight);
         }
 
         let sums = rows.sums.add(first * wide);
@@ -222,35 +222,36 @@ unsafe fn softmax<V: Vector>(
     scores: *mut f32,
     count: usize,
     (from, to): (usize, usize),
-    cap: Option<f32>,
+    exponent: Exponent,
     max: *mut f32,
     weight: *mut f32,
 ) -> f32 {
     // SAFETY: the caller's promise: `scores` has KEYS elements, a multiple of the lanes.
     unsafe {
         let end = count.next_multiple_of(V::LANES);
-        if let Some(cap) = cap {
+        if let Some(inner) = exponent.inner {
             let mut i = 0;
             while i < end {
-                tanh(V::load(scores.add(i))).mul(V::splat(cap)).store(scores.add(i));
+                tanh(V::load(scores.add(i)).mul(V::splat(inner))).store(scores.add(i));
                 i += V::LANES;
             }
         }
         for i in (0..from.min(end)).chain(to..end) {
             *scores.add(i) = f32::NEG_INFINITY;
         }
-        let before = *max;
-        let mut top = V::splat(before);
+        let mut top = V::splat(f32::NEG_INFINITY);
         let mut i = 0;
         while i < end {
             top = top.max(V::load(scores.add(i)));
             i += V::LANES;
         }
-        let top = fold::<V>(top, f32::MIN, |a, b| if b > a || b.is_nan() { b } else { a });
+        let before = *max;
+        let outer = V::splat(exponent.outer);
+        let top = fold::<V>(top.mul(outer), before, f32::max);
         let mut sum = V::splat(0.0);
         let mut i = 0;
         while i < end {
-            let p = V::load(scores.add(i)).add(V::splat(-top)).exp2();
+            let p = V::load(scores.add(i)).mul_add(outer, V::splat(-top)).exp2();
             p.store(scores.add(i));
             sum = sum.add(p);
             i += V::LANES;

@@ -30,8 +30,9 @@ const WORTH_SHARING: usize = 1 << 13;
 
 pub(super) fn paged_attention(team: &mut Team, simd: Simd, p: AttentionParams, o: &AttentionOperands) {
     match Kernels::of(simd) {
-        Some(kernels) => run(team, kernels, p, o),
-        None => portable::paged_attention(team, p, o),
+        // The kernels look for the largest product, not score.
+        Some(kernels) if p.scale > 0.0 => run(team, kernels, p, o),
+        _ => portable::paged_attention(team, p, o),
     }
 }
 
@@ -165,15 +166,24 @@ impl<'a> Call<'a> {
         unsafe { self.out.get().add((row * self.p.heads as usize + head) * self.dim) }
     }
 
-    /// Scores leave the products in units of log2 e, ready for `exp2`: the factor for q, and the cap if there is one,
-    /// in which case scores leave them in units of the cap.
-    fn score_units(&self) -> (f32, Option<f32>) {
+    /// What a product of query and key is multiplied by to be an exponent of 2 with the soft cap between, if there is one.
+    fn exponent(&self) -> Exponent {
         let log2_e = std::f32::consts::LOG2_E;
         match self.p.soft_cap {
-            cap if cap > 0.0 => (self.p.scale / cap, Some(cap * log2_e)),
-            _ => (self.p.scale * log2_e, None),
+            cap if cap > 0.0 => Exponent { inner: Some(self.p.scale / cap), outer: cap * log2_e },
+            _ => Exponent { inner: None, outer: self.p.scale * log2_e },
         }
     }
+}
+
+/// `outer · x`, or with a soft cap `outer · tanh(inner · x)`. `outer` is positive.
+///
+/// It is applied last, in the same rounding as the difference to the maximum: scores of some hundreds would lose the
+/// digits that matter if they were scaled and rounded before.
+#[derive(Clone, Copy)]
+struct Exponent {
+    inner: Option<f32>,
+    outer: f32,
 }
 
 /// The elements of a page tensor.

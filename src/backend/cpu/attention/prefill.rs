@@ -13,7 +13,7 @@
 //! numbers don't depend on the rows beside it: a key that it doesn't see adds exactly 0.
 
 use super::{
-    Call, Scratch, Sequence, block_of, page_ptr,
+    Call, Exponent, Scratch, Sequence, block_of, page_ptr,
     plan::Task,
     vector::{PageElement, Vector, tanh},
     widen_row,
@@ -76,7 +76,7 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
         padded,
     ];
     let [keys, values, scores, q, out, max, sum] = scratch.pieces(lens);
-    let (scale, cap) = call.score_units();
+    let exponent = call.exponent();
     out.fill(0.0);
     // Finite, so that nothing minus it is NaN.
     max.fill(f32::MIN);
@@ -94,7 +94,7 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
             }
             let (token, head) = row_of(r);
             for (d, x) in call.query(token, head).iter().enumerate() {
-                panel[d * width + lane] = x * scale;
+                panel[d * width + lane] = *x;
             }
         }
         at += width / V::LANES;
@@ -126,9 +126,9 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
                 // SAFETY: the caller's promise; the panel's pieces have the lengths its fields name.
                 unsafe {
                     match count {
-                        1 => tile.attend::<V, 1>(&panel, &sight, cap),
-                        2 => tile.attend::<V, 2>(&panel, &sight, cap),
-                        _ => tile.attend::<V, 3>(&panel, &sight, cap),
+                        1 => tile.attend::<V, 1>(&panel, &sight, exponent),
+                        2 => tile.attend::<V, 2>(&panel, &sight, exponent),
+                        _ => tile.attend::<V, 3>(&panel, &sight, exponent),
                     }
                 }
             }
@@ -211,21 +211,19 @@ impl Tile<'_> {
 
     /// Takes the tile's keys and values into the panel's running results.
     #[inline(always)]
-    unsafe fn attend<V: Vector, const N: usize>(&mut self, panel: &Panel, sight: &Sight, cap: Option<f32>) {
+    unsafe fn attend<V: Vector, const N: usize>(&mut self, panel: &Panel, sight: &Sight, exponent: Exponent) {
         let (dim, stride, width) = (self.call.dim, self.stride, N * V::LANES);
         let (keys, values, scores) = (self.keys.as_ptr(), self.values.as_ptr(), self.scores.as_mut_ptr());
         // SAFETY: the caller's promise; `scores` holds KEYS × 3 registers, keys and values KEYS × stride.
         unsafe {
-            let mut before = [V::splat(0.0); N];
-            load::<V, N>(panel.max, &mut before);
-            let mut max = before;
+            let mut largest = [V::splat(f32::NEG_INFINITY); N];
             let mut key = sight.from;
             while key < sight.to {
                 let mut s = product::<V, N>(keys.add(key * stride), stride, 1, panel.q, dim);
-                if let Some(cap) = cap {
+                if let Some(inner) = exponent.inner {
                     for row in &mut s {
                         for x in row {
-                            *x = tanh(*x).mul(V::splat(cap));
+                            *x = tanh(x.mul(V::splat(inner)));
                         }
                     }
                 }
@@ -240,27 +238,32 @@ impl Tile<'_> {
                 }
                 for i in 0..BLOCK {
                     for j in 0..N {
-                        max[j] = max[j].max(s[i][j]);
+                        largest[j] = largest[j].max(s[i][j]);
                         s[i][j].store(scores.add((key + i) * width + j * V::LANES));
                     }
                 }
                 key += BLOCK;
             }
 
+            let outer = V::splat(exponent.outer);
             let mut shrink = [V::splat(0.0); N];
+            let mut minus_max = [V::splat(0.0); N];
             let mut sum = [V::splat(0.0); N];
             load::<V, N>(panel.sum, &mut sum);
             for j in 0..N {
-                shrink[j] = max[j].mul_add(V::splat(-1.0), before[j]).exp2();
+                let at = panel.max.add(j * V::LANES);
+                let before = V::load(at);
+                let max = largest[j].mul(outer).max(before);
+                max.store(at);
+                minus_max[j] = max.mul(V::splat(-1.0));
+                shrink[j] = before.add(minus_max[j]).exp2();
                 sum[j] = sum[j].mul(shrink[j]);
-                max[j].store(panel.max.add(j * V::LANES));
-                max[j] = max[j].mul(V::splat(-1.0));
             }
             let mut key = sight.from;
             while key < sight.to {
                 for j in 0..N {
                     let at = scores.add(key * width + j * V::LANES);
-                    let p = V::load(at).add(max[j]).exp2();
+                    let p = V::load(at).mul_add(outer, minus_max[j]).exp2();
                     p.store(at);
                     sum[j] = sum[j].add(p);
                 }

@@ -24,7 +24,7 @@ pub(super) trait Vector: Copy {
     unsafe fn max(self, b: Self) -> Self;
     /// `self · b + c`.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
-    /// `2^self` for `self ≤ 0`, 0 below the normal numbers, within two units in the last place.
+    /// `2^self` for `self` below 100, 0 below the normal numbers, within two units in the last place.
     unsafe fn exp2(self) -> Self;
     /// `self` in the lanes where `first ≤ at ≤ last`, −∞ elsewhere.
     unsafe fn keep_within(self, at: Self, first: Self, last: Self) -> Self;
