@@ -2,7 +2,7 @@
 
 use crate::backend::{DType, Storage, Tensor};
 use memmap2::Mmap;
-use std::{alloc, cell::UnsafeCell, ptr::NonNull, sync::Arc};
+use std::{alloc, cell::UnsafeCell, fs::File, io, path::Path, ptr::NonNull, sync::Arc};
 
 /// Cache-line alignment, also the width of the widest vector register.
 const ALIGN: usize = 64;
@@ -75,6 +75,14 @@ impl Memory {
             Kind::Mapped(map) => map.as_ptr().cast_mut(),
         }
     }
+}
+
+/// Maps a file for reading. An empty file can't be mapped and is an error.
+pub fn map_file(path: &Path) -> io::Result<Arc<Mmap>> {
+    let file = File::open(path)?;
+    // SAFETY: weights are read where they lie in the file. Nobody may change it meanwhile; our own writers replace
+    // files by renaming, which leaves a mapped one intact.
+    Ok(Arc::new(unsafe { Mmap::map(&file)? }))
 }
 
 /// Rust types that a tensor's elements can be viewed as.
