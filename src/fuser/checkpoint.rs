@@ -46,9 +46,8 @@ pub(super) fn load(weights: &Path, backend: &Arc<dyn Backend>) -> Result<Fuser, 
 fn config(weights: &Path, metadata: Option<&str>) -> Result<FuserConfig, FuserError> {
     let beside = weights.with_file_name(CONFIG);
     let text = read_text(&beside)?;
-    let parse = |text: &str, path: &Path| {
-        serde_json::from_str::<FuserConfig>(text).map_err(FuserError::json(path))
-    };
+    let parse =
+        |text: &str, path: &Path| serde_json::from_str::<FuserConfig>(text).map_err(FuserError::json(path));
     let config = match (metadata, text) {
         (Some(inside), text) => {
             let config = parse(inside, weights)?;

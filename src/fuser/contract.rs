@@ -165,8 +165,7 @@ pub fn require_contract(
     receiver: &CacheShape,
     sharer: &CacheShape,
 ) -> Result<(), ContractError> {
-    let items: Vec<_> =
-        check_contract(fuser, receiver, sharer).into_iter().filter(|item| !item.ok).collect();
+    let items: Vec<_> = check_contract(fuser, receiver, sharer).into_iter().filter(|item| !item.ok).collect();
     if items.is_empty() { Ok(()) } else { Err(ContractError { items }) }
 }
 

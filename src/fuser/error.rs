@@ -1,10 +1,7 @@
 //! What can be wrong with a fuser.
 
 use super::{contract::ContractError, pickle::PickleError};
-use crate::{
-    backend,
-    ops::ShapeError,
-};
+use crate::{backend, ops::ShapeError};
 use std::path::{Path, PathBuf};
 
 #[derive(Debug, thiserror::Error)]

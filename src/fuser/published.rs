@@ -31,7 +31,9 @@ pub(super) fn find(path: &Path) -> Option<PathBuf> {
     let folder = if path.is_dir() {
         path
     } else {
-        path.parent().filter(|_| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("projector")))?
+        path.parent().filter(|_| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("projector"))
+        })?
     };
     [folder.to_path_buf(), folder.join("final")].into_iter().find(|folder| folder.join(ROUTES).is_file())
 }
@@ -142,7 +144,8 @@ fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T, FuserError>
 }
 
 fn read_routes(path: &Path) -> Result<Vec<Route>, FuserError> {
-    let fail = |field: &str, problem: String| FuserError::Field { path: path.into(), field: field.into(), problem };
+    let fail =
+        |field: &str, problem: String| FuserError::Field { path: path.into(), field: field.into(), problem };
     let routing: Routing = read_json(path)?;
     let models = match routing.iter().collect::<Vec<_>>()[..] {
         [(receiver, models)] if receiver == "0" => models,
@@ -263,8 +266,8 @@ fn load_weights(
     for index in 0..count {
         let path = folder.join(format!("projector_{index}.pt"));
         let file = map_file(&path).map_err(FuserError::io(&path))?;
-        let entries = read_state_dict(&file)
-            .map_err(|source| FuserError::Pickle { path: path.clone(), source })?;
+        let entries =
+            read_state_dict(&file).map_err(|source| FuserError::Pickle { path: path.clone(), source })?;
         let mut state = StateDict { path, entries };
         if index == 0 {
             set_dtype(config, &state, "key_in.weight");

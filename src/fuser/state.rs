@@ -172,7 +172,8 @@ mod tests {
         let path = folder.path().join("a.safetensors");
         write_safetensors(&path, &[], &[outgoing("a", 1.0)]).unwrap();
         let before = fs::read(&path).unwrap();
-        let broken = Outgoing { bytes: Box::new(|| Err(FuserError::NoFuser("x".into()))), ..outgoing("a", 2.0) };
+        let broken =
+            Outgoing { bytes: Box::new(|| Err(FuserError::NoFuser("x".into()))), ..outgoing("a", 2.0) };
         assert!(write_safetensors(&path, &[], &[outgoing("b", 3.0), broken]).is_err());
         assert_eq!(fs::read(&path).unwrap(), before);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);

@@ -193,8 +193,7 @@ impl Rows<'_> {
                     replaced.read(token, &mut minus);
                     column.iter_mut().zip(&minus).for_each(|(c, m)| *c -= gate * m);
                 }
-                for (head, (row, base)) in
-                    row.chunks_exact_mut(dim).zip(column.chunks_exact(dim)).enumerate()
+                for (head, (row, base)) in row.chunks_exact_mut(dim).zip(column.chunks_exact(dim)).enumerate()
                 {
                     let weight = weights.map_or(1.0, |w| sigmoid(w[token * (width / dim) + head]));
                     let factor = gate * weight;

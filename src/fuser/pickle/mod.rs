@@ -80,9 +80,9 @@ impl<'a> Archive<'a> {
             }
             let start = entry.data_start().and_then(|start| usize::try_from(start).ok());
             let len = usize::try_from(entry.size()).ok().filter(|_| entry.size() == entry.compressed_size());
-            let range = start.zip(len).filter(|(start, len)| {
-                start.checked_add(*len).is_some_and(|end| end <= file.len())
-            });
+            let range = start
+                .zip(len)
+                .filter(|(start, len)| start.checked_add(*len).is_some_and(|end| end <= file.len()));
             let range = range.ok_or_else(|| archive(format!("entry `{name}` reaches past the file")))?;
             entries.insert(rest.to_string(), range);
         }
@@ -97,7 +97,9 @@ impl<'a> Archive<'a> {
         let missing = || PickleError::Archive("no data.pkl inside".into());
         let &(start, len) = self.entries.get("data.pkl").ok_or_else(missing)?;
         if len as u64 > MAX_PICKLE {
-            return Err(PickleError::Archive(format!("data.pkl has {len} bytes, at most {MAX_PICKLE} are read")));
+            return Err(PickleError::Archive(format!(
+                "data.pkl has {len} bytes, at most {MAX_PICKLE} are read"
+            )));
         }
         let mut pickle = Vec::with_capacity(len);
         let mut bytes = &self.file[start..start + len];
