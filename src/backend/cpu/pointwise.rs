@@ -73,7 +73,8 @@ pub(super) fn rms_norm(team: &mut Team, p: RmsNormParams, x: &Tensor, weight: &T
     });
 }
 
-/// `act(x)`.
+/// `act(x)`. Inlined, so that loops over one activation vectorise.
+#[inline(always)]
 pub(super) fn activate(activation: Activation, x: f32) -> f32 {
     match activation {
         Activation::Silu => x / (1.0 + exp(-x)),
