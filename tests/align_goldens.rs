@@ -7,8 +7,8 @@
 
 use c2c::{
     align::{
-        Aligner, Alignment, ChatOptions, Fraction, LayerMapping, MatchKind, Portion, Section, Strategy, TokenAligner,
-        pad_id, sections,
+        Aligner, Alignment, ChatOptions, Fraction, LayerMapping, MatchKind, Portion, Section, Strategy,
+        TokenAligner, pad_id, sections,
     },
     tokenizer::{Message, TemplateOptions, Tokenizer},
 };
@@ -17,6 +17,7 @@ use std::{
     collections::BTreeMap,
     env,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 fn shared() -> PathBuf {
@@ -64,8 +65,13 @@ fn template_options(add_generation_prompt: bool, enable_thinking: bool) -> Templ
     TemplateOptions { add_generation_prompt, enable_thinking: Some(enable_thinking), extra }
 }
 
-/// The goldens' tokenizers that are at hand, by the goldens' names.
+/// The goldens' tokenizers that are at hand, by the goldens' names. Loaded once.
 fn tokenizers(goldens: &Value) -> BTreeMap<String, Tokenizer> {
+    static FOUND: OnceLock<BTreeMap<String, Tokenizer>> = OnceLock::new();
+    FOUND.get_or_init(|| load_tokenizers(goldens)).clone()
+}
+
+fn load_tokenizers(goldens: &Value) -> BTreeMap<String, Tokenizer> {
     let mut found = BTreeMap::new();
     for (name, expected) in goldens["tokenizers"].as_object().expect("tokenizers") {
         let given = env::var_os("C2C_TOKENIZERS").map(PathBuf::from);
@@ -83,7 +89,8 @@ fn tokenizers(goldens: &Value) -> BTreeMap<String, Tokenizer> {
             eprintln!("skipped: tokenizer {name}: no {}/tokenizer.json", folder.display());
             continue;
         }
-        let tokenizer = Tokenizer::from_folder(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
+        let tokenizer =
+            Tokenizer::from_folder(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
         let special = tokenizer.special();
         let mut ids = tokenizer.special_ids().to_vec();
         ids.sort_unstable();
@@ -91,8 +98,13 @@ fn tokenizers(goldens: &Value) -> BTreeMap<String, Tokenizer> {
             "len": tokenizer.vocab_size(), "bos": special.bos, "eos": special.eos_token, "pad_before_aligner": special.pad,
             "unk": special.unk, "all_special_ids": ids, "pad_after_aligner": pad_id(&tokenizer),
         });
-        let differing: Vec<&String> =
-            ours.as_object().expect("an object").iter().filter(|(key, v)| **v != expected[key]).map(|(k, _)| k).collect();
+        let differing: Vec<&String> = ours
+            .as_object()
+            .expect("an object")
+            .iter()
+            .filter(|(key, v)| **v != expected[key])
+            .map(|(k, _)| k)
+            .collect();
         if differing.is_empty() {
             found.insert(name.clone(), tokenizer);
         } else {
@@ -132,8 +144,9 @@ fn layer_mappings() {
 #[test]
 fn section_lists() {
     let Some(goldens) = golden("kv_index_and_collator.json") else { return };
-    let published =
-        |sections: Vec<Section>| -> Vec<(usize, i64)> { sections.iter().map(|s| (s.len, s.published_mask())).collect() };
+    let published = |sections: Vec<Section>| -> Vec<(usize, i64)> {
+        sections.iter().map(|s| (s.len, s.published_mask())).collect()
+    };
     let mut cases = 0;
     let object = |key: &str| goldens[key].as_object().unwrap_or_else(|| panic!("no {key}"));
     for (name, index) in object("generate_kv_cache_index(instruction_len,total_len)") {
@@ -146,15 +159,19 @@ fn section_lists() {
         assert_eq!(ours, expected, "{name}");
         cases += 1;
     }
-    for (name, expected) in object("segmented(L instruction, R response, proportion, order) -> [[len, mask]]") {
+    for (name, expected) in object("segmented(L instruction, R response, proportion, order) -> [[len, mask]]")
+    {
         let parts: Vec<&str> = name.split('_').collect();
         let [instruction, response, share, portion] = parts[..] else { panic!("{name}") };
         let portion: Portion = portion.parse().expect("front or back");
         let fraction = Fraction::new(share[1..].parse().expect("a number"), portion).expect("a fraction");
-        let (instruction, response) = (instruction[1..].parse().expect("L"), response[1..].parse().expect("R"));
+        let (instruction, response) =
+            (instruction[1..].parse().expect("L"), response[1..].parse().expect("R"));
         let ours = published(sections::proportional(instruction, response, fraction, 1));
-        let expected: Vec<(usize, i64)> =
-            list(expected).iter().map(|pair| (numbers::<usize>(&json!([pair[0]]))[0], numbers(pair)[1])).collect();
+        let expected: Vec<(usize, i64)> = list(expected)
+            .iter()
+            .map(|pair| (numbers::<usize>(&json!([pair[0]]))[0], numbers(pair)[1]))
+            .collect();
         assert_eq!(ours, expected, "{name}");
         cases += 1;
     }
@@ -190,7 +207,10 @@ fn tokens_by_first_and_longest() {
             let id: u32 = id.parse().expect("an id");
             let ours = first.find(id).expect("found");
             assert_eq!(u64::from(ours.id), expected.as_u64().expect("an id"), "{name}: special {id}");
-            assert!(matches!(ours.kind, MatchKind::Special | MatchKind::UnknownSpecial), "{name}: {id} {ours:?}");
+            assert!(
+                matches!(ours.kind, MatchKind::Special | MatchKind::UnknownSpecial),
+                "{name}: {id} {ours:?}"
+            );
         }
     }
 }
@@ -236,7 +256,8 @@ fn chat_messages_by_first_and_longest() {
             template: template_options(flag("add_generation_prompt"), flag("enable_thinking")),
             open_last: flag("remove_last_surfix"),
         };
-        let prompt = aligner.chat(&messages(&case["messages"]), &options).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let prompt =
+            aligner.chat(&messages(&case["messages"]), &options).unwrap_or_else(|e| panic!("{name}: {e}"));
         if case.get("error").is_some() {
             // Where the published program gives up, the prompt must still be one that can be fused.
             assert!(prompt.sections.iter().any(|s| s.sharer_mask == 1), "{name}: nothing is fused");
@@ -268,13 +289,18 @@ fn chat_messages_by_first_and_longest() {
 
         // The form without padding keeps the positions of the padded one and fuses aligned positions only.
         let real = |model: usize| -> Vec<u32> {
-            (0u32..).zip(&padded.padding[model]).filter(|(_, pad)| !**pad).map(|(position, _)| position).collect()
+            (0u32..)
+                .zip(&padded.padding[model])
+                .filter(|(_, pad)| !**pad)
+                .map(|(position, _)| position)
+                .collect()
         };
         assert_eq!(prompt.receiver_positions, real(0), "{name}");
         assert_eq!(prompt.sharers[0].positions, real(1), "{name}");
         for (token, column) in prompt.sharers[0].columns.iter().enumerate() {
             if let Some(column) = column {
-                let (here, there) = (prompt.receiver_positions[token], prompt.sharers[0].positions[*column as usize]);
+                let (here, there) =
+                    (prompt.receiver_positions[token], prompt.sharers[0].positions[*column as usize]);
                 assert_eq!(here, there, "{name}: token {token}");
             } else {
                 assert!(!prompt.message_mask[token], "{name}: message token {token} has no column");
@@ -303,7 +329,8 @@ fn aligned_training_samples() {
             eprintln!("skipped: {name}");
             continue;
         };
-        let aligner = Aligner::new(receiver, std::slice::from_ref(sharer), Alignment::First).expect("an aligner");
+        let aligner =
+            Aligner::new(receiver, std::slice::from_ref(sharer), Alignment::First).expect("an aligner");
         let options = ChatOptions { template: template_options(false, false), open_last: false };
         let prompt = aligner.chat(&messages(&case["messages"]), &options).expect("aligned");
         let padded = aligner.padded(&prompt).expect("padding tokens");

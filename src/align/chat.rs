@@ -26,14 +26,20 @@ pub(super) struct Reading {
 }
 
 impl Reading {
-    pub fn chat(tokenizer: &Tokenizer, messages: &[Message], options: &ChatOptions) -> Result<Reading, Error> {
+    /// `as_published` looks for contents the published way, which can take a role's name for a content.
+    pub fn chat(
+        tokenizer: &Tokenizer,
+        messages: &[Message],
+        options: &ChatOptions,
+        as_published: bool,
+    ) -> Result<Reading, Error> {
         let text = render(tokenizer, messages, options)?;
         let encoding = tokenizer.encode(&text, false)?;
-        let contents = match skeleton(tokenizer, messages, options) {
+        let skeleton = if as_published { None } else { skeleton(tokenizer, messages, options) };
+        let contents = match skeleton {
             Some(skeleton) => fill(&text, &skeleton, messages),
-            None => None,
+            None => search(&text, &encoding.offsets, messages),
         };
-        let contents = contents.unwrap_or_else(|| search(&text, &encoding.offsets, messages));
         let tokens = vec![None; messages.len()];
         Ok(Reading { text, ids: encoding.ids, offsets: encoding.offsets, contents, tokens })
     }
@@ -89,63 +95,90 @@ fn with_content(messages: &[Message]) -> impl Iterator<Item = (usize, &str)> {
     messages.iter().map(|m| m.content.as_str()).enumerate().filter(|(_, content)| !content.is_empty())
 }
 
-/// What the template puts around messages: the texts before, between and behind the non-empty contents, from a
-/// rendering with placeholders for them. `None` if the template does not print every placeholder once, in order.
-fn skeleton(tokenizer: &Tokenizer, messages: &[Message], options: &ChatOptions) -> Option<Vec<String>> {
-    // Private-use characters: no template trims, splits or knows them.
-    let placeholder = |i: usize| format!("\u{F8F0}{i}\u{F8F1}");
+/// What the template puts around contents, from a rendering with placeholders for them.
+struct Skeleton {
+    /// Template text before the first content.
+    before: String,
+    /// In the order of the text: which message's content, and the template text behind it.
+    places: Vec<(usize, String)>,
+}
+
+// Private-use characters: no template trims, splits or knows them.
+const OPEN: char = '\u{F8F0}';
+const CLOSE: char = '\u{F8F1}';
+
+/// `None` if the template does not accept placeholders.
+fn skeleton(tokenizer: &Tokenizer, messages: &[Message], options: &ChatOptions) -> Option<Skeleton> {
     let mut marked = messages.to_vec();
     for (i, _) in with_content(messages) {
-        marked[i].content = placeholder(i);
+        marked[i].content = format!("{OPEN}{i}{CLOSE}");
     }
     let text = render(tokenizer, &marked, options).ok()?;
-    let mut rest = text.as_str();
-    let mut parts = Vec::new();
-    for (i, _) in with_content(messages) {
-        let (before, after) = rest.split_once(&placeholder(i))?;
-        parts.push(before.to_string());
-        rest = after;
-    }
-    parts.push(rest.to_string());
-    let printed_again = |part: &String| part.contains(['\u{F8F0}', '\u{F8F1}']);
-    (!parts.iter().any(printed_again)).then_some(parts)
+    let mut parts = text.split(OPEN);
+    let before = parts.next()?.to_string();
+    let place = |part: &str| {
+        let (message, behind) = part.split_once(CLOSE)?;
+        Some((message.parse().ok().filter(|&i: &usize| i < messages.len())?, behind.to_string()))
+    };
+    Some(Skeleton { before, places: parts.map(place).collect::<Option<_>>()? })
 }
 
-/// The contents' places in `text`, if it is the skeleton with the contents, possibly trimmed, in between.
-fn fill(text: &str, skeleton: &[String], messages: &[Message]) -> Option<Vec<Option<Range<usize>>>> {
-    let mut contents = vec![None; messages.len()];
-    let (first, behind) = skeleton.split_first()?;
-    let mut at = first.len();
-    text.strip_prefix(first.as_str())?;
-    for ((i, content), (n, part)) in with_content(messages).zip(behind.iter().enumerate()) {
-        let last = n + 1 == behind.len();
-        let follows = |content: &&str| {
-            let rest = text[at..].strip_prefix(*content);
-            rest.is_some_and(|rest| if last { rest == part } else { rest.starts_with(part.as_str()) })
+/// The contents' places in `text`: where they stand, as they are or trimmed, between the template texts of the
+/// skeleton. A content that is not there does not spoil the others.
+fn fill(text: &str, skeleton: &Skeleton, messages: &[Message]) -> Vec<Option<Range<usize>>> {
+    let mut contents: Vec<Option<Range<usize>>> = vec![None; messages.len()];
+    let mut at = skeleton.before.len();
+    if !text.starts_with(&skeleton.before) {
+        return contents;
+    }
+    for (n, (message, behind)) in skeleton.places.iter().enumerate() {
+        let last = n + 1 == skeleton.places.len();
+        let content = messages[*message].content.as_str();
+        let follows = |form: &&str| {
+            let rest = text[at..].strip_prefix(*form);
+            rest.is_some_and(|rest| if last { rest == behind } else { rest.starts_with(behind.as_str()) })
         };
         let forms = [content, content.trim(), content.trim_start(), content.trim_end()];
-        let printed = forms.into_iter().find(follows)?;
-        contents[i] = Some(at..at + printed.len()).filter(|content| !content.is_empty());
-        at += printed.len() + part.len();
+        match forms.into_iter().find(follows) {
+            Some("") => at += behind.len(),
+            Some(form) => {
+                let place = at..at + form.len();
+                at = place.end + behind.len();
+                contents[*message].get_or_insert(place);
+            }
+            None => match text[at..].find(behind.as_str()) {
+                Some(skipped) if !behind.is_empty() => at += skipped + behind.len(),
+                _ => break,
+            },
+        }
     }
-    (at == text.len()).then_some(contents)
+    // Messages that the template prints out of order cannot be sections of a prompt.
+    let mut reached = 0;
+    for content in &mut contents {
+        *content = content.take().filter(|place| place.start >= reached);
+        reached = content.as_ref().map_or(reached, |place| place.end);
+    }
+    contents
 }
 
-/// The contents' places in `text` where the template treats contents in its own ways: each is looked for behind the
-/// one before, best where template text follows that opens a special token.
+/// The contents' places in `text` as the published program finds them: each is looked for behind the one before; best
+/// is a place behind which a special token opens. Trimmed contents are looked for too.
 fn search(text: &str, tokens: &[Offset], messages: &[Message]) -> Vec<Option<Range<usize>>> {
     let mut contents = vec![None; messages.len()];
     let mut from = 0;
     for (i, content) in with_content(messages) {
-        contents[i] = [content, content.trim()].into_iter().filter(|form| !form.is_empty()).find_map(|form| {
-            let places = || {
-                let places = text[from..].match_indices(form).map(|(at, _)| from + at..from + at + form.len());
-                // Not a part of a token's name, as in <|begin_of_text|>.
-                places.filter(|place| !tokens.iter().any(|t| t.0 < place.start && place.end < t.1))
-            };
-            let closed = |place: &Range<usize>| matches!(text.as_bytes().get(place.end), None | Some(b'<'));
-            places().find(closed).or_else(|| places().next())
-        });
+        contents[i] =
+            [content, content.trim()].into_iter().filter(|form| !form.is_empty()).find_map(|form| {
+                let places = || {
+                    let places =
+                        text[from..].match_indices(form).map(|(at, _)| from + at..from + at + form.len());
+                    // Not a part of a token's name, as in <|begin_of_text|>.
+                    places.filter(|place| !tokens.iter().any(|t| t.0 < place.start && place.end < t.1))
+                };
+                let closed =
+                    |place: &Range<usize>| matches!(text.as_bytes().get(place.end), None | Some(b'<'));
+                places().find(closed).or_else(|| places().next())
+            });
         if let Some(place) = &contents[i] {
             from = place.end;
         }
@@ -188,7 +221,8 @@ pub(super) fn agree(readings: &mut [Reading], messages: &[Message]) -> Vec<Remar
 /// have it; sharers that lack it have an empty part of it.
 pub(super) fn segments(receiver: &Reading, sharers: &[Reading]) -> Vec<Segment> {
     let mut segments: Vec<Segment> = Vec::new();
-    let mut at = Segment { message: None, receiver: 0..0, sharers: vec![0..0; sharers.len()], sharer_mask: 0 };
+    let mut at =
+        Segment { message: None, receiver: 0..0, sharers: vec![0..0; sharers.len()], sharer_mask: 0 };
     let mut push = |segment: Segment| {
         if segment.width() > 0 {
             segments.push(segment);

@@ -37,7 +37,9 @@ pub enum Error {
     OpenLastWithGenerationPrompt,
     #[error("{0} sharers are too many: a section can choose among 32")]
     TooManySharers(usize),
-    #[error("no tokenizer of this pair names a padding or end-of-sequence token, which the padded form needs")]
+    #[error(
+        "no tokenizer of this pair names a padding or end-of-sequence token, which the padded form needs"
+    )]
     NoPadding,
 }
 
@@ -130,12 +132,14 @@ impl Aligner {
     ///
     /// A message whose content some template changes beyond trimming is not fused with that model, and remarked.
     pub fn chat(&self, messages: &[Message], options: &ChatOptions) -> Result<AlignedPrompt, Error> {
-        let mut readings = vec![Reading::chat(&self.receiver, messages, options)?];
+        let as_published = self.alignment.strategy().is_some();
+        let read = |model: &Tokenizer| Reading::chat(model, messages, options, as_published);
+        let mut readings = vec![read(&self.receiver)?];
         if self.alignment == Alignment::None {
             readings.resize(1 + self.sharers.len(), readings[0].clone());
         } else {
             for sharer in &self.sharers {
-                readings.push(Reading::chat(sharer, messages, options)?);
+                readings.push(read(sharer)?);
             }
         }
         let missing = chat::agree(&mut readings, messages);
@@ -143,7 +147,8 @@ impl Aligner {
         if self.alignment != Alignment::None {
             prompt.remarks.splice(0..0, missing);
         } else {
-            prompt.sections = sections::generation(prompt.receiver_ids.len(), sections::all_sharers(self.sharers.len()));
+            prompt.sections =
+                sections::generation(prompt.receiver_ids.len(), sections::all_sharers(self.sharers.len()));
         }
         Ok(prompt)
     }
@@ -184,7 +189,7 @@ impl Aligner {
                 remarks.push(Remark::NothingToShare { sharer: s });
             }
             let cover = span::Cover::new(&reading.offsets);
-            let ends: Vec<usize> = span::ends(&receiver.offsets).collect();
+            let ends = span::ends(&receiver.offsets);
             let mut ids = Vec::new();
             let mut columns: Vec<Option<u32>> = Vec::new();
             for segment in &mut segments {
@@ -207,15 +212,15 @@ impl Aligner {
                         ids.extend_from_slice(own);
                         let here = receiver.content(message);
                         let there = reading.content(message);
-                        columns.extend(ends[tokens].iter().map(|&end| {
-                            // Tokens on the edge also cover template text; what counts is their part of the message.
-                            let read = end.clamp(here.start, here.end) - here.start;
-                            cover.column(there.start + read)
-                        }));
+                        // Tokens on the edges also cover template text; what counts is their part of the message.
+                        let place = |&end: &usize| there.start + end.clamp(here.start, here.end) - here.start;
+                        let places: Vec<usize> = ends[tokens].iter().map(place).collect();
+                        columns.extend(cover.columns(&places));
                     }
                     _ => {
                         ids.extend_from_slice(own);
-                        columns.extend((0..tokens.len()).map(|i| (i < own.len()).then_some((start + i) as u32)));
+                        columns
+                            .extend((0..tokens.len()).map(|i| (i < own.len()).then_some((start + i) as u32)));
                     }
                 }
                 segment.sharers[s] = start..ids.len();

@@ -77,16 +77,24 @@ impl std::fmt::Display for Remark {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Remark::MessageNotFused { message, sharer: None } => {
-                write!(f, "message {message} is not fused: the receiver's template changes or drops its content")
+                write!(
+                    f,
+                    "message {message} is not fused: the receiver's template changes or drops its content"
+                )
             }
             Remark::MessageNotFused { message, sharer: Some(sharer) } => {
                 let n = sharer + 1;
-                write!(f, "message {message} is not fused with sharer {n}: its template changes or drops the content")
+                write!(
+                    f,
+                    "message {message} is not fused with sharer {n}: its template changes or drops the content"
+                )
             }
             Remark::UnknownSpecial { sharer, receiver_id } => {
                 write!(f, "special token {receiver_id} of the receiver is unknown to sharer {}", sharer + 1)
             }
-            Remark::NothingToShare { sharer } => write!(f, "sharer {} has no tokens for this text", sharer + 1),
+            Remark::NothingToShare { sharer } => {
+                write!(f, "sharer {} has no tokens for this text", sharer + 1)
+            }
         }
     }
 }

@@ -63,7 +63,11 @@ impl AlignmentReport {
 
 impl fmt::Display for AlignmentReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "alignment {} over {} texts, {} characters", self.alignment, self.texts, self.characters)?;
+        writeln!(
+            f,
+            "alignment {} over {} texts, {} characters",
+            self.alignment, self.texts, self.characters
+        )?;
         writeln!(f, "  receiver tokens {}, sharer tokens {}", self.receiver_tokens, self.sharer_tokens)?;
         writeln!(f, "  one to one      {:.2} %", 100.0 * self.one_to_one_rate())?;
         writeln!(
@@ -316,9 +320,8 @@ mod tests {
             (state >> 16) % n
         };
         for _ in 0..300 {
-            let [a, b] = [(); 2].map(|_| {
-                (0..random(60)).map(|_| char::from(b'a' + random(4) as u8)).collect::<String>()
-            });
+            let [a, b] = [(); 2]
+                .map(|_| (0..random(60)).map(|_| char::from(b'a' + random(4) as u8)).collect::<String>());
             let (x, y): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
             assert_eq!(edit_distance(&a, &b), full(&x, &y), "{a} / {b}");
         }

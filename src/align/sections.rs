@@ -89,7 +89,9 @@ pub struct Fraction {
 
 /// A fraction that is none.
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is not a fraction: use a number from 0 to 1, with front: or back: before it (front unless given)")]
+#[error(
+    "`{0}` is not a fraction: use a number from 0 to 1, with front: or back: before it (front unless given)"
+)]
 pub struct BadFraction(String);
 
 impl Fraction {
@@ -112,26 +114,34 @@ impl Fraction {
         self.portion
     }
 
-    /// Keeps the first or last `⌊share · n⌋` of the `n` tokens that `sections` would fuse. Neighbours that become
-    /// alike merge, with the last section too.
+    /// Keeps the first or last `⌊share · n⌋` of the `n` tokens that `sections` would fuse. Neighbours that nothing is
+    /// fused with merge, the last section included.
     pub fn apply(&self, sections: &[Section]) -> Vec<Section> {
         if self.share == 1.0 {
             return sections.to_vec();
         }
-        let last = sections.len().saturating_sub(1);
-        let fused = sections[..last].iter().filter(|s| s.sharer_mask != 0).map(|s| s.len).sum();
-        let kept = self.of(fused);
-        let mut seen = 0;
-        runs(sections.iter().enumerate().flat_map(|(i, section)| {
-            let start = seen;
-            let counts = i < last && section.sharer_mask != 0;
-            if counts {
-                seen += section.len;
+        let fused = |i: usize| i + 1 < sections.len() && sections[i].sharer_mask != 0;
+        let kept = self.of((0..sections.len()).filter(|&i| fused(i)).map(|i| sections[i].len).sum());
+        let mut left: Vec<Section> = Vec::new();
+        let mut push = |len: usize, sharer_mask: u32| match left.last_mut() {
+            _ if len == 0 => {}
+            Some(last) if last.sharer_mask == 0 && sharer_mask == 0 => last.len += len,
+            _ => left.push(Section { len, sharer_mask }),
+        };
+        let mut start = 0;
+        for (i, section) in sections.iter().enumerate() {
+            if fused(i) {
+                let end = start + section.len;
+                let (from, to) = (kept.start.clamp(start, end), kept.end.clamp(start, end));
+                push(from - start, 0);
+                push(to - from, section.sharer_mask);
+                push(end - to, 0);
+                start = end;
+            } else {
+                push(section.len, section.sharer_mask);
             }
-            (start..start + section.len).map(move |nth| {
-                if counts && !kept.contains(&nth) { 0 } else { section.sharer_mask }
-            })
-        }))
+        }
+        left
     }
 
     /// Which of `n` tokens are kept.
@@ -168,7 +178,12 @@ impl fmt::Display for Fraction {
 }
 
 /// The published "proportion" of an `instruction`: its chosen part fused, its rest and then the `response` not.
-pub fn proportional(instruction: usize, response: usize, fraction: Fraction, sharer_mask: u32) -> Vec<Section> {
+pub fn proportional(
+    instruction: usize,
+    response: usize,
+    fraction: Fraction,
+    sharer_mask: u32,
+) -> Vec<Section> {
     let kept = fraction.of(instruction);
     runs((0..instruction + response).map(|token| if kept.contains(&token) { sharer_mask } else { 0 }))
 }

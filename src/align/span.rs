@@ -11,55 +11,70 @@ pub type Offset = (usize, usize);
 /// Answers which token of a text covers a place in it.
 #[derive(Clone, Debug)]
 pub struct Cover {
-    /// Start and column of each token that covers text, in text order.
-    starts: Vec<(usize, u32)>,
-    tokens: usize,
+    /// Range and column of each token that covers text, in text order.
+    tokens: Vec<(Offset, u32)>,
+    /// Number of all tokens.
+    columns: usize,
 }
 
 impl Cover {
     /// From the offsets of all tokens of a text, specials that cover nothing included.
     pub fn new(offsets: &[Offset]) -> Cover {
-        let mut reached = 0;
-        let starts = offsets
+        let mut reached = (0, 0);
+        let tokens = offsets
             .iter()
             .zip(0u32..)
             .filter(|((start, end), _)| start < end)
-            .map(|(&(start, _), column)| {
-                // Starts never go back, even if a normaliser reordered what it read.
-                reached = reached.max(start);
+            .map(|(&(start, end), column)| {
+                // Neither end ever goes back, even if a normaliser reordered what it read.
+                reached = (start.max(reached.0), end.max(reached.1));
                 (reached, column)
             })
             .collect();
-        Cover { starts, tokens: offsets.len() }
+        Cover { tokens, columns: offsets.len() }
     }
 
-    /// The token that covers the byte before `end`: of several (a character cut into bytes) the last, and where no
-    /// token covers that byte, the last token before it. `None` only if there are no tokens at all.
-    pub fn column(&self, end: usize) -> Option<u32> {
-        let before = self.starts.partition_point(|&(start, _)| start < end);
-        match before.checked_sub(1) {
-            Some(i) => Some(self.starts[i].1),
-            None => (self.tokens > 0).then_some(0),
+    /// The columns for tokens that end at `ends`, which never go back: for each the last token that covers the byte
+    /// before the end, or where none does, the last token before it. `None` only if there are no tokens at all.
+    ///
+    /// Pieces of one character have equal ends. They are paired from the last one backwards, as far as this text has
+    /// pieces of that character too: byte with byte, where both sides fall back to bytes.
+    pub fn columns(&self, ends: &[usize]) -> Vec<Option<u32>> {
+        let mut columns = vec![None; ends.len()];
+        let mut pieces_behind = 0;
+        for (i, &end) in ends.iter().enumerate().rev() {
+            pieces_behind = if ends.get(i + 1) == Some(&end) { pieces_behind + 1 } else { 0 };
+            let covering = &self.tokens[..self.tokens.partition_point(|((start, _), _)| *start < end)];
+            let pieces =
+                covering.iter().rev().take_while(|((_, stop), _)| *stop >= end).take(pieces_behind + 1);
+            columns[i] = match pieces.last().or(covering.last()) {
+                Some(&(_, column)) => Some(column),
+                None => (self.columns > 0).then_some(0),
+            };
         }
+        columns
     }
 }
 
 /// For each receiver token the sharer's column, over two tokenisations of the same text.
 ///
-/// Total (every receiver token has a column as long as the sharer has a token), in range and never decreasing. A
-/// receiver token that covers no text (a special that was added, a dummy space) takes the column of the text read so
-/// far; at the very start that is column 0.
+/// Total (every receiver token has a column as long as the sharer has a token), in range and never decreasing; equal
+/// tokenisations are aligned token by token. A receiver token that covers no text (a special that was added, a dummy
+/// space) takes the column of the text read so far; at the very start that is column 0.
 pub fn span_columns(receiver: &[Offset], sharer: &[Offset]) -> Vec<Option<u32>> {
-    let cover = Cover::new(sharer);
-    ends(receiver).map(|end| cover.column(end)).collect()
+    Cover::new(sharer).columns(&ends(receiver))
 }
 
 /// Where each token's reading has come to: its end, never going back.
-pub(super) fn ends(offsets: &[Offset]) -> impl Iterator<Item = usize> {
-    offsets.iter().scan(0, |reached, &(_, end)| {
-        *reached = end.max(*reached);
-        Some(*reached)
-    })
+pub(super) fn ends(offsets: &[Offset]) -> Vec<usize> {
+    let mut reached = 0;
+    offsets
+        .iter()
+        .map(|&(_, end)| {
+            reached = end.max(reached);
+            reached
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -83,12 +98,16 @@ mod tests {
     }
 
     #[test]
-    fn of_a_character_in_bytes_the_last_token_counts() {
-        // One four-byte character: three fragments here, two there, each with the character's range.
-        assert_eq!(columns(&[(0, 1), (1, 5), (1, 5), (1, 5), (5, 6)], &[(0, 1), (1, 5), (1, 5), (5, 6)]), [
-            0, 2, 2, 2, 3
-        ]);
-        // The same where fragments carry bytes.
+    fn pieces_of_a_character_are_paired_from_the_last() {
+        // One four-byte character: three pieces here, two there, each with the character's range.
+        let here = [(0, 1), (1, 5), (1, 5), (1, 5), (5, 6)];
+        let there = [(0, 1), (1, 5), (1, 5), (5, 6)];
+        assert_eq!(columns(&here, &there), [0, 1, 1, 2, 3]);
+        assert_eq!(columns(&there, &here), [0, 2, 3, 4]);
+        assert_eq!(columns(&here, &here), [0, 1, 2, 3, 4]);
+        // A whole character needs its last byte; so does a token that ends within it.
+        assert_eq!(columns(&[(0, 5), (5, 6)], &here), [3, 4]);
+        // Where pieces carry their own bytes, those count.
         assert_eq!(columns(&[(0, 2), (2, 4)], &[(0, 1), (1, 2), (2, 3), (3, 4)]), [1, 3]);
     }
 
