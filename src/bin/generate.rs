@@ -1,1 +1,386 @@
-fn main() {}
+//! `generate`: two models, one fused cache, an answer. Parses, calls the library, prints.
+
+use c2c::{
+    align::{Alignment, Fraction, LayerMapping},
+    backend::DeviceChoice,
+    engine::{Rules, SamplingParams},
+    fuser::{FusionMode, GateOverride},
+    pipeline::{self, Answer, ComputeType, FuserChoice, Mode, Overlap, Question, Session, SessionOptions},
+    tokenizer::{Message, TemplateOptions},
+};
+use clap::{ArgGroup, Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::{
+    error::Error,
+    io::{IsTerminal, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Mutex,
+};
+
+/// Ask a pair of language models that communicate through their KV-caches.
+///
+/// The Sharer and the Receiver read the same prompt; a fuser adds what the Sharer's cache knows to the Receiver's;
+/// the Receiver answers. Models are Hugging Face folders (config.json, tokenizer.json, *.safetensors) or GGUF files.
+///
+/// Example:
+///   generate --receiver smol.gguf --sharer qwen.gguf --fuser fuser/ --prompt "Why is the sky blue?"
+#[derive(Parser)]
+#[command(version, verbatim_doc_comment, group = ArgGroup::new("question").required(true))]
+struct Args {
+    /// The model that answers: a folder or a .gguf file
+    #[arg(long, value_name = "PATH", help_heading = "Models")]
+    receiver: Option<PathBuf>,
+    /// A model that shares its cache; may be given several times
+    #[arg(long, value_name = "PATH", help_heading = "Models")]
+    sharer: Vec<PathBuf>,
+    /// A trained fuser (folder), once for each sharer; or init[:SEED], an untrained one whose gates are closed
+    #[arg(long, value_name = "PATH|init[:SEED]", help_heading = "Models")]
+    fuser: Vec<FuserChoice>,
+    /// Who answers
+    #[arg(long, value_enum, default_value = "c2c", help_heading = "Models")]
+    mode: ModeArg,
+
+    /// The question, as one user message
+    #[arg(long, value_name = "TEXT", group = "question", help_heading = "Question")]
+    prompt: Option<String>,
+    /// A conversation: a JSON list of {"role", "content"} objects
+    #[arg(long, value_name = "FILE.json", group = "question", help_heading = "Question")]
+    messages: Option<PathBuf>,
+    /// Recorded token ids, masks, positions and sections (see docs/replay.md)
+    #[arg(long, value_name = "FILE.safetensors", group = "question", help_heading = "Question")]
+    input: Option<PathBuf>,
+    /// A system message before --prompt
+    #[arg(long, value_name = "TEXT", requires = "prompt", help_heading = "Question")]
+    system: Option<String>,
+    /// Continue --prompt as plain text, without a chat template
+    #[arg(long, requires = "prompt", help_heading = "Question")]
+    raw: bool,
+    /// Let models that can think do so (sets enable_thinking in the chat template)
+    #[arg(long, help_heading = "Question")]
+    thinking: bool,
+
+    /// How sharer tokens are found for receiver tokens: span, first, longest or none
+    #[arg(long, default_value_t, help_heading = "Fusing")]
+    alignment: Alignment,
+    /// Which sharer layer feeds which receiver layer, for --fuser init: last_aligned, k_nearest, depth_normalized
+    #[arg(long, default_value_t = LayerMapping::LAST_ALIGNED, help_heading = "Fusing")]
+    mapping: LayerMapping,
+    /// learned, open, closed, a list of open layers such as 0-3,7, or a JSON file
+    #[arg(long, default_value = "learned", value_name = "GATES", help_heading = "Fusing")]
+    gates: GateOverride,
+    /// Fuse only this part of the prompt: 0.5, front:0.5 or back:0.5
+    #[arg(long, value_name = "F", help_heading = "Fusing")]
+    fraction: Option<Fraction>,
+    /// Several sharers: each adds to the plain cache (parallel) or to what the one before made of it (sequential)
+    #[arg(long, default_value_t, value_name = "parallel|sequential", help_heading = "Fusing")]
+    multi_sharer: FusionMode,
+
+    /// Most tokens of the answer
+    #[arg(long, default_value_t = 256, value_name = "N", help_heading = "Answer")]
+    max_new_tokens: usize,
+    /// 0 = always the most probable token
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "T",
+        allow_negative_numbers = true,
+        help_heading = "Answer"
+    )]
+    temperature: f32,
+    /// Draw from the K most probable tokens only
+    #[arg(long, value_name = "K", help_heading = "Answer")]
+    top_k: Option<usize>,
+    /// Draw from the most probable tokens that together reach P
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        value_name = "P",
+        allow_negative_numbers = true,
+        help_heading = "Answer"
+    )]
+    top_p: f32,
+    /// Drop tokens less probable than P times the most probable
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "P",
+        allow_negative_numbers = true,
+        help_heading = "Answer"
+    )]
+    min_p: f32,
+    /// Divide the logits of seen tokens; 1 = off
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        value_name = "R",
+        allow_negative_numbers = true,
+        help_heading = "Answer"
+    )]
+    repetition_penalty: f32,
+    /// Subtract from the logits of seen tokens
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "P",
+        allow_negative_numbers = true,
+        help_heading = "Answer"
+    )]
+    presence_penalty: f32,
+    /// Subtract from the logits of seen tokens, once each time they were seen
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "P",
+        allow_negative_numbers = true,
+        help_heading = "Answer"
+    )]
+    frequency_penalty: f32,
+    /// Penalties and top-p exactly as in the published program
+    #[arg(long, help_heading = "Answer")]
+    published_sampling: bool,
+    /// Same seed, same answer
+    #[arg(long, default_value_t = 0, help_heading = "Answer")]
+    seed: u64,
+    /// End before this text; may be given several times
+    #[arg(long, value_name = "TEXT", help_heading = "Answer")]
+    stop: Vec<String>,
+    /// End at this token id, besides the tokenizer's own; may be given several times
+    #[arg(long, value_name = "ID", help_heading = "Answer")]
+    eos: Vec<u32>,
+    /// Go on past end tokens
+    #[arg(long, help_heading = "Answer")]
+    ignore_eos: bool,
+    /// With --json: log-probabilities of each token and of the N most probable ones
+    #[arg(long, value_name = "N", help_heading = "Answer")]
+    logprobs: Option<usize>,
+
+    /// Caches and arithmetic: f32 (exact) or bf16 (fast)
+    #[arg(long, value_enum, default_value = "bf16", help_heading = "Machine")]
+    dtype: DtypeArg,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", help_heading = "Machine")]
+    device: DeviceChoice,
+    /// CPU threads; 0 = all cores
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Machine")]
+    threads: usize,
+    /// Run prefills and fuser one after the other (off) or layer by layer (layers); same result
+    #[arg(long, value_enum, default_value = "layers", help_heading = "Machine")]
+    overlap: OverlapArg,
+
+    /// Print one JSON object instead of text
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+    /// Write ids, logits, caches and sequences of --input
+    #[arg(long, value_name = "FILE.safetensors", requires = "input", help_heading = "Output")]
+    dump: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ModeArg {
+    /// The receiver, on a cache fused with the sharers'
+    C2c,
+    /// The receiver alone
+    Receiver,
+    /// The sharer alone
+    Sharer,
+    /// Text-to-text: the sharer writes background, the receiver reads it and answers
+    T2t,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DtypeArg {
+    F32,
+    Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum OverlapArg {
+    Off,
+    Layers,
+}
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+        .format_timestamp(None)
+        .init();
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            let mut source = error.source();
+            while let Some(cause) = source {
+                eprintln!("  because: {cause}");
+                source = cause.source();
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<(), Box<dyn Error>> {
+    let params = sampling(&args);
+    params.validate()?;
+    let question = question(&args)?;
+    let bar = Mutex::new(None);
+    let session = Session::open(options(&args), &|path, done, total| progress(&bar, path, done, total))?;
+    if let Some(bar) = bar.into_inner().ok().flatten() {
+        ProgressBar::finish_and_clear(&bar);
+    }
+    let Some(question) = question else {
+        return replay(&args, &session, &params);
+    };
+    let mut out = std::io::stdout();
+    let quiet = args.json;
+    let mut broken = None;
+    let answer = session.answer(&question, &params, &mut |text| {
+        if !quiet && broken.is_none() {
+            broken = out.write_all(text.as_bytes()).and_then(|()| out.flush()).err();
+        }
+    })?;
+    if let Some(error) = broken {
+        return Err(format!("cannot write the answer: {error}").into());
+    }
+    if args.json {
+        println!("{}", serde_json::to_string(&answer)?);
+    } else {
+        println!();
+        eprintln!("{}", timing_line(&answer));
+    }
+    Ok(())
+}
+
+fn replay(args: &Args, session: &Session, params: &SamplingParams) -> Result<(), Box<dyn Error>> {
+    let input = args.input.as_deref().ok_or("there is no question")?;
+    let dump = pipeline::replay(session, input, params)?;
+    if let Some(path) = &args.dump {
+        dump.write(path)?;
+    }
+    let (shape, sequences) = dump.integer("generate.sequences").unwrap_or((&[0, 0], &[]));
+    let rows: Vec<&[i64]> = sequences.chunks_exact(shape[1].max(1)).collect();
+    if args.json {
+        let loss = dump.float("loss").map(|(_, loss)| loss[0]);
+        println!("{}", serde_json::json!({ "sequences": rows, "loss": loss }));
+    } else {
+        for row in rows {
+            println!("{}", row.iter().map(i64::to_string).collect::<Vec<_>>().join(" "));
+        }
+    }
+    Ok(())
+}
+
+fn options(args: &Args) -> SessionOptions {
+    SessionOptions {
+        mode: match args.mode {
+            ModeArg::C2c => Mode::C2c,
+            ModeArg::Receiver => Mode::Receiver,
+            ModeArg::Sharer => Mode::Sharer,
+            ModeArg::T2t => Mode::T2t,
+        },
+        receiver: args.receiver.clone(),
+        sharers: args.sharer.clone(),
+        fusers: args.fuser.clone(),
+        multi_sharer: args.multi_sharer,
+        alignment: args.alignment,
+        mapping: args.mapping,
+        gates: args.gates.clone(),
+        fraction: args.fraction,
+        dtype: match args.dtype {
+            DtypeArg::F32 => ComputeType::F32,
+            DtypeArg::Bf16 => ComputeType::Bf16,
+        },
+        device: args.device,
+        threads: args.threads,
+        overlap: match args.overlap {
+            OverlapArg::Off => Overlap::Off,
+            OverlapArg::Layers => Overlap::Layers,
+        },
+    }
+}
+
+fn sampling(args: &Args) -> SamplingParams {
+    SamplingParams {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        min_p: args.min_p,
+        repetition_penalty: args.repetition_penalty,
+        presence_penalty: args.presence_penalty,
+        frequency_penalty: args.frequency_penalty,
+        rules: if args.published_sampling { Rules::Published } else { Rules::Standard },
+        seed: args.seed,
+        stop: args.stop.clone(),
+        eos: args.eos.clone(),
+        ignore_eos: args.ignore_eos,
+        max_new_tokens: args.max_new_tokens,
+        logprobs: args.logprobs,
+        ..SamplingParams::default()
+    }
+}
+
+/// `None`: recorded ids.
+fn question(args: &Args) -> Result<Option<Question>, Box<dyn Error>> {
+    let template = TemplateOptions {
+        add_generation_prompt: true,
+        enable_thinking: Some(args.thinking),
+        ..TemplateOptions::default()
+    };
+    if let Some(path) = &args.messages {
+        let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let messages: Vec<Message> = serde_json::from_str(&text).map_err(|error| {
+            format!(
+                "{}: {error}; expected a list such as [{{\"role\": \"user\", \"content\": \"…\"}}]",
+                path.display()
+            )
+        })?;
+        return Ok(Some(Question::Chat { messages, template }));
+    }
+    let Some(prompt) = &args.prompt else { return Ok(None) };
+    if prompt.is_empty() {
+        return Err("the prompt is empty: nothing to answer".into());
+    }
+    if args.raw {
+        return Ok(Some(Question::Raw(prompt.clone())));
+    }
+    let system = args.system.iter().map(|text| Message::new("system", text));
+    let messages = system.chain([Message::new("user", prompt)]).collect();
+    Ok(Some(Question::Chat { messages, template }))
+}
+
+/// A bar a model, on a terminal.
+fn progress(bar: &Mutex<Option<ProgressBar>>, path: &Path, done: u64, total: u64) {
+    if !std::io::stderr().is_terminal() {
+        return;
+    }
+    let Ok(mut bar) = bar.lock() else { return };
+    let bar = bar.get_or_insert_with(|| {
+        let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes}");
+        ProgressBar::new(total).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    });
+    bar.set_length(total);
+    bar.set_message(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
+    bar.set_position(done);
+}
+
+fn timing_line(answer: &Answer) -> String {
+    let t = &answer.timings_ms;
+    let mut line = format!("load {:.0} ms", t.load);
+    let phases = [
+        ("align", t.align),
+        ("tokenize", t.tokenize),
+        ("sharer", t.sharer_prefill),
+        ("receiver", t.receiver_prefill),
+        ("fuse", t.fuse),
+        ("first token", t.first_token),
+        ("total", t.total),
+    ];
+    for (name, time) in phases {
+        if time > 0.0 {
+            line += &format!(" · {name} {time:.1} ms");
+        }
+    }
+    if let Some(rate) = answer.tokens_per_s.decode {
+        line += &format!(" · {} tokens at {rate:.1}/s", answer.tokens.len());
+    }
+    line
+}

@@ -166,6 +166,11 @@ impl PagedKv {
     }
 
     /// The pages of one layer, for ops.
+    /// Pages of every layer.
+    pub fn layers(&self) -> &[KvPages] {
+        &self.layers
+    }
+
     pub fn layer(&self, layer: usize) -> Result<&KvPages, Error> {
         self.layers.get(layer).ok_or(Error::Layer { layer, layers: self.layers.len() })
     }

@@ -3,7 +3,7 @@
 use super::select;
 
 /// Natural logarithms of probabilities under the model itself.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(serde::Serialize, Clone, Debug, PartialEq)]
 pub struct TokenLogprobs {
     pub token: u32,
     pub logprob: f32,

@@ -3,19 +3,27 @@
 //! One decoder whose families are data: [`ModelConfig`] says what a Llama, a Qwen or a Gemma is, [`Weights`] holds its
 //! tensors as they lie in the mapped file. [`load`] reads both from a Hugging Face folder or a GGUF file.
 
+mod batch;
 mod config;
 mod config_gguf;
 mod config_hf;
+mod decoder;
 pub mod gguf;
+mod kv;
 mod names;
 mod safetensors;
 mod weights;
 
+pub use batch::{Batch, SequenceStep};
 pub use config::{Biases, ModelConfig, Rope, RopeScaling};
+pub use decoder::{Activations, Decoder, Goal};
 pub use gguf::Gguf;
 pub use weights::{LayerWeights, Progress, Weights};
 
-use crate::backend::{self, Backend};
+use crate::{
+    backend::{self, Backend},
+    ops,
+};
 use std::{
     fs, io,
     path::{Path, PathBuf},
@@ -48,6 +56,14 @@ pub enum Error {
     TensorShape { path: PathBuf, name: String, found: Vec<usize>, expected: Vec<usize> },
     #[error("{}: tensor `{name}` is stored as {found}, which this tensor cannot be", path.display())]
     TensorType { path: PathBuf, name: String, found: String },
+    #[error("nothing to run: the batch has no tokens")]
+    EmptyBatch,
+    #[error("token id {id} is not in the model's vocabulary of {vocab}")]
+    TokenOutOfRange { id: u32, vocab: usize },
+    #[error("{tokens} tokens are more than the model's context of {limit}: shorten the prompt")]
+    ContextExceeded { tokens: usize, limit: usize },
+    #[error(transparent)]
+    Shape(#[from] ops::ShapeError),
     #[error(transparent)]
     Backend(#[from] backend::Error),
 }

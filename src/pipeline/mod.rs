@@ -1,1 +1,65 @@
-//! pipeline
+//! Prefill ‖ prefill → fuse → decode: the road from aligned token ids to the receiver's first logits.
+//!
+//! This is the one module to edit for a new way of letting models talk through their caches.
+
+mod generate;
+mod lane;
+mod link;
+mod replay;
+mod session;
+mod t2t;
+
+pub use generate::{FinishReason, Generation, Stream, generate};
+pub use lane::Lane;
+pub use link::{Link, Overlap, PrefillReport, Prompt, SharerPrompt, WantedLogits};
+pub use replay::{Dump, ReplayInput, replay};
+pub use session::{
+    Answer, ComputeType, FuserChoice, Mode, Model, Question, Session, SessionOptions, TimingsMs,
+    TokensPerSecond, peak_rss_bytes,
+};
+pub use t2t::T2tPrompts;
+
+use crate::{align, backend, cache, engine, fuser, model, ops, tokenizer};
+
+/// What can go wrong on the road.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Model(#[from] model::Error),
+    #[error(transparent)]
+    Cache(#[from] cache::Error),
+    #[error(transparent)]
+    Fuser(#[from] fuser::FuserError),
+    #[error(transparent)]
+    Shape(#[from] ops::ShapeError),
+    #[error(transparent)]
+    Device(#[from] backend::Error),
+    #[error(transparent)]
+    Tokenizer(#[from] tokenizer::Error),
+    #[error(transparent)]
+    Align(#[from] align::Error),
+    #[error(transparent)]
+    Contract(#[from] fuser::ContractError),
+    #[error(transparent)]
+    Sampling(#[from] engine::SamplingError),
+    #[error("the prompt is empty: nothing to continue")]
+    EmptyPrompt,
+    #[error("sections cover {sections} tokens, the prompt has {tokens}")]
+    SectionLength { sections: usize, tokens: usize },
+    #[error("section {section} selects sharers {mask:#b}, but there are only {sharers}")]
+    UnknownSharer { section: usize, mask: u32, sharers: usize },
+    #[error(
+        "receiver token {token} is aligned with column {column} of sharer {sharer}, which read {tokens} tokens"
+    )]
+    ColumnOutOfRange { token: usize, column: usize, sharer: usize, tokens: usize },
+    #[error("mode {mode:?} needs {what}")]
+    MissingModel { mode: Mode, what: &'static str },
+    #[error("{sharers} sharers need as many fusers, not {fusers}: give --fuser once for each --sharer")]
+    FuserCount { sharers: usize, fusers: usize },
+    #[error("{model} has no tokenizer: only token ids (--input FILE.safetensors) can be run through it")]
+    NoTokenizer { model: String },
+    #[error("text-to-text needs a conversation with a user message: it is not there with --raw")]
+    T2tNeedsChat,
+    #[error("{path}: {reason}")]
+    Replay { path: String, reason: String },
+}

@@ -4,6 +4,7 @@ mod attention;
 mod blocks;
 mod executor;
 mod fuse;
+mod limits;
 mod linear;
 mod memory;
 mod pointwise;
@@ -12,6 +13,7 @@ mod simd;
 mod team;
 
 pub use executor::{Event, Schedule};
+pub use limits::Limits;
 pub use memory::{Element, Memory, map_file};
 pub use simd::Simd;
 
@@ -20,6 +22,7 @@ use crate::ops;
 use executor::Executor;
 use memmap2::Mmap;
 use std::sync::Arc;
+use team::Team;
 
 /// The host's processor.
 pub struct Cpu {

@@ -1,0 +1,110 @@
+//! The decode loop of one answer.
+
+use super::{Error, Lane};
+use crate::{
+    engine::{Sampler, SamplingParams, StopMatcher, TokenLogprobs},
+    tokenizer::Detokenizer,
+};
+use serde::Serialize;
+use std::time::{Duration, Instant};
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// An end token or a stop string.
+    Stop,
+    /// `max_new_tokens`, or the end of the context.
+    Length,
+}
+
+/// One answer.
+#[derive(Clone, Debug)]
+pub struct Generation {
+    /// Generated ids; an end token is not among them.
+    pub tokens: Vec<u32>,
+    /// Empty where there was no tokenizer.
+    pub text: String,
+    pub finish_reason: FinishReason,
+    pub logprobs: Vec<TokenLogprobs>,
+    /// Logits each token was drawn from, `[tokens, vocab]`, where asked for.
+    pub scores: Vec<f32>,
+    /// From the first token to the last.
+    pub decode: Duration,
+}
+
+/// What the loop hands out as it goes.
+pub struct Stream<'a> {
+    pub detokenizer: Option<Detokenizer>,
+    /// Called with each piece of text that is sure to be part of the answer.
+    pub on_text: &'a mut dyn FnMut(&str),
+    pub keep_scores: bool,
+}
+
+/// Decodes from `logits`, the logits after the last token in `lane`.
+///
+/// Each drawn token but the last is appended to the lane: its cache then holds the prompt and the answer so far.
+pub fn generate(
+    lane: &mut Lane,
+    mut logits: Vec<f32>,
+    params: &SamplingParams,
+    mut stream: Stream,
+) -> Result<Generation, Error> {
+    let mut sampler = Sampler::new(params.clone(), lane.ids())?;
+    let mut stop = StopMatcher::new(&params.stop);
+    let mut answer = Generation {
+        tokens: Vec::new(),
+        text: String::new(),
+        finish_reason: FinishReason::Length,
+        logprobs: Vec::new(),
+        scores: Vec::new(),
+        decode: Duration::ZERO,
+    };
+    let mut begin = None;
+    loop {
+        let sampled = sampler.sample(&logits)?;
+        let begin = *begin.get_or_insert_with(Instant::now);
+        if params.ends_at(sampled.token) {
+            answer.finish_reason = FinishReason::Stop;
+            break;
+        }
+        if stream.keep_scores {
+            answer.scores.extend(&logits);
+        }
+        answer.tokens.push(sampled.token);
+        answer.logprobs.extend(sampled.logprobs);
+        answer.decode = begin.elapsed();
+        if let Some(detokenizer) = &mut stream.detokenizer {
+            let step = stop.push(&detokenizer.push(sampled.token));
+            emit(&mut answer, &mut stream.on_text, &step.emit);
+            if step.stopped {
+                answer.finish_reason = FinishReason::Stop;
+                return Ok(answer);
+            }
+        }
+        if answer.tokens.len() == params.max_new_tokens
+            || lane.ids().len() + 1 >= lane.decoder.config.context_length
+        {
+            break;
+        }
+        logits = lane.step(sampled.token)?;
+    }
+    if let Some(detokenizer) = stream.detokenizer.take() {
+        let step = stop.push(&detokenizer.finish());
+        emit(&mut answer, &mut stream.on_text, &step.emit);
+        if step.stopped {
+            answer.finish_reason = FinishReason::Stop;
+        } else {
+            let rest = stop.finish();
+            emit(&mut answer, &mut stream.on_text, &rest);
+        }
+    }
+    Ok(answer)
+}
+
+fn emit(answer: &mut Generation, on_text: &mut &mut dyn FnMut(&str), text: &str) {
+    if !text.is_empty() {
+        answer.text.push_str(text);
+        on_text(text);
+    }
+}

@@ -1,0 +1,147 @@
+//! One model with the cache of one conversation: what the sharer and the receiver each have.
+
+use super::Error;
+use crate::{
+    backend::{Event, Queue},
+    cache::{BlockTable, KvColumns, PagedKv},
+    model::{Activations, Batch, Decoder, Goal, SequenceStep},
+};
+use std::sync::Arc;
+
+/// Tokens of one pass: longer prompts are cut, so that activations stay small.
+const MAX_PASS: usize = 512;
+
+/// A decoder, its queue, its pages and one sequence in them.
+pub struct Lane {
+    pub decoder: Arc<Decoder>,
+    pub queue: Queue,
+    pub kv: PagedKv,
+    activations: Activations,
+    table: BlockTable,
+    ids: Vec<u32>,
+    /// Cache slot of each token.
+    slots: Vec<u32>,
+    next_position: u32,
+    /// Row of the residual stream that holds the last token of the last pass.
+    last_row: usize,
+}
+
+impl Lane {
+    /// A lane for up to `tokens` tokens.
+    pub fn new(decoder: Arc<Decoder>, queue: Queue, kv: PagedKv, tokens: usize) -> Result<Lane, Error> {
+        let table = BlockTable::new(kv.pool());
+        let activations = Activations::new(queue.backend(), &decoder.config, tokens.clamp(1, MAX_PASS))?;
+        Ok(Lane {
+            decoder,
+            queue,
+            kv,
+            activations,
+            table,
+            ids: Vec::new(),
+            slots: Vec::new(),
+            next_position: 0,
+            last_row: 0,
+        })
+    }
+
+    /// Token ids in the cache.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Cache slot of each token.
+    pub fn slots(&self) -> &[u32] {
+        &self.slots
+    }
+
+    /// Rotary position that follows the last token's.
+    pub fn next_position(&self) -> u32 {
+        self.next_position
+    }
+
+    /// Forgets all but the first `len` tokens, whose last had rotary position `next_position − 1`.
+    pub fn truncate(&mut self, len: usize, next_position: u32) {
+        self.table.truncate(len);
+        self.ids.truncate(len);
+        self.slots.truncate(len);
+        self.next_position = next_position;
+    }
+
+    /// Lets the next decoded token sit at rotary position `position`.
+    pub fn continue_at(&mut self, position: u32) {
+        self.next_position = position;
+    }
+
+    /// Appends `ids` at `positions` and runs the model over them.
+    ///
+    /// `before_layer(l)` is called where waits for layer l's cache belong; the returned events say, for each layer,
+    /// when K and V of all appended tokens are written. With [`Goal::Hidden`], [`Lane::logits`] may follow.
+    pub fn append(
+        &mut self,
+        ids: &[u32],
+        positions: &[u32],
+        goal: Goal,
+        before_layer: impl Fn(&Queue, usize),
+    ) -> Result<Vec<Event>, Error> {
+        self.append_observed(ids, positions, goal, before_layer, |_, _| Ok(()))
+    }
+
+    /// As [`Lane::append`]; `after_pass` sees the residual stream of every pass (at most 512 tokens each).
+    pub fn append_observed(
+        &mut self,
+        ids: &[u32],
+        positions: &[u32],
+        goal: Goal,
+        before_layer: impl Fn(&Queue, usize),
+        mut after_pass: impl FnMut(&Lane, usize) -> Result<(), Error>,
+    ) -> Result<Vec<Event>, Error> {
+        let mut events = Vec::new();
+        let capacity = self.activations.capacity();
+        for (ids, positions) in ids.chunks(capacity).zip(positions.chunks(capacity)) {
+            let slots = self.kv.append(&self.queue, &mut self.table, ids.len())?;
+            self.slots.extend(&slots);
+            self.ids.extend(ids);
+            self.next_position = positions.last().map_or(self.next_position, |last| last + 1);
+            let blocks = self.table.block_ids();
+            let step =
+                SequenceStep { ids, positions, slots: &slots, blocks: &blocks, context: self.slots.len() };
+            let batch = Batch::new(&self.queue, &self.decoder.config, &[step])?;
+            events.clear();
+            self.decoder.forward(
+                &self.queue,
+                &batch,
+                self.kv.layers(),
+                &self.activations,
+                goal,
+                |layer| before_layer(&self.queue, layer),
+                |_| events.push(self.queue.record()),
+            )?;
+            self.last_row = ids.len() - 1;
+            after_pass(self, ids.len())?;
+        }
+        Ok(events)
+    }
+
+    /// Logits `[vocab]` after the last appended token.
+    pub fn logits(&self) -> Result<Vec<f32>, Error> {
+        Ok(self.decoder.logits(&self.queue, &self.activations, &[self.last_row as u32])?)
+    }
+
+    /// Logits `[tokens, vocab]` of all tokens of the last pass of `tokens`.
+    pub fn pass_logits(&self, tokens: usize) -> Result<Vec<f32>, Error> {
+        let rows: Vec<u32> = (0..tokens as u32).collect();
+        Ok(self.decoder.logits(&self.queue, &self.activations, &rows)?)
+    }
+
+    /// One decode step: appends `id` at the next position and returns the logits after it.
+    pub fn step(&mut self, id: u32) -> Result<Vec<f32>, Error> {
+        let position = self.next_position;
+        self.append(&[id], &[position], Goal::Hidden, |_, _| {})?;
+        self.logits()
+    }
+
+    /// Keys and values of layer `layer` for tokens `start..end`.
+    pub fn read(&self, layer: usize, start: usize, end: usize) -> Result<KvColumns, Error> {
+        Ok(self.kv.read(&self.queue, layer, &self.slots[start..end])?)
+    }
+}

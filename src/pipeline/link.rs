@@ -1,0 +1,443 @@
+//! A receiver linked to its sharers: both prefills and the fuser, layer by layer.
+//!
+//! Fusion does not change the receiver's hidden states inside a section, so layer l of the fuser may start as soon as
+//! the sharer's mapped layer and the receiver's layer l have written their K and V. Three kinds of queue (one a
+//! sharer, one for the receiver, one for the fuser) and three kinds of event (sharer layer cached → fuse, receiver
+//! layer cached → fuse, layer fused → next section) say exactly that.
+
+use super::{Error, Lane};
+use crate::{
+    align::Section,
+    backend::{DType, Event, Queue, Tensor},
+    fuser::{FuseCall, Fuser, FusionMode, Gates},
+    model::Goal,
+    ops::{self, KvPages},
+};
+use serde::Serialize;
+use std::time::Duration;
+
+/// `--overlap`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Overlap {
+    /// Sharers, then the receiver, then the fuser.
+    Off,
+    /// Each as early as its inputs allow, layer by layer.
+    #[default]
+    Layers,
+}
+
+/// What one sharer reads.
+#[derive(Clone, Debug, Default)]
+pub struct SharerPrompt {
+    pub ids: Vec<u32>,
+    pub positions: Vec<u32>,
+    /// For each receiver token the sharer token whose cache column it takes, if any.
+    pub columns: Vec<Option<u32>>,
+}
+
+/// A whole conversation as token ids.
+#[derive(Clone, Debug, Default)]
+pub struct Prompt {
+    pub ids: Vec<u32>,
+    pub positions: Vec<u32>,
+    pub sharers: Vec<SharerPrompt>,
+    /// Cover all receiver tokens. Each but the last is fused as its mask says; the last never is.
+    pub sections: Vec<Section>,
+}
+
+/// Times and volume of one prefill.
+#[derive(Clone, Debug, Default)]
+pub struct PrefillReport {
+    /// Work of each sharer's queue.
+    pub sharers: Vec<Duration>,
+    pub receiver: Duration,
+    pub fuse: Duration,
+    /// Time from the end of both prefills to the end of the fuse: what the overlap did not hide.
+    pub fuse_exposed: Duration,
+    /// Bytes of sharer cache read by the fuser.
+    pub kv_bytes: u64,
+    /// Receiver tokens that took a sharer column, over all sharers.
+    pub fused_tokens: usize,
+}
+
+/// Which logits a prefill is run for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WantedLogits {
+    /// After the last token.
+    Last,
+    /// After every token of the last section.
+    LastSection,
+}
+
+/// Fused tokens a call: bounds the fuser's scratch.
+const MAX_FUSE: usize = 1024;
+
+/// A receiver, its sharers, and a fuser for each.
+pub struct Link {
+    pub receiver: Lane,
+    pub sharers: Vec<Lane>,
+    pub fusers: Vec<Fuser>,
+    /// For each fuser, per receiver layer.
+    pub gates: Vec<Gates>,
+    pub mode: FusionMode,
+    pub overlap: Overlap,
+    queue: Queue,
+    scratch: Option<Tensor>,
+    /// What was fused so far: sections over the receiver's tokens, and the sharers' columns for them.
+    fused: Prompt,
+}
+
+impl Link {
+    /// `fusers[i]` and `gates[i]` belong to `sharers[i]`.
+    ///
+    /// # Panics
+    /// If there are not as many fusers and gates as sharers.
+    pub fn new(
+        receiver: Lane,
+        sharers: Vec<Lane>,
+        fusers: Vec<Fuser>,
+        gates: Vec<Gates>,
+        mode: FusionMode,
+        overlap: Overlap,
+    ) -> Link {
+        assert_eq!((sharers.len(), sharers.len()), (fusers.len(), gates.len()), "a fuser for each sharer");
+        let queue = Queue::new(receiver.queue.backend());
+        Link {
+            receiver,
+            sharers,
+            fusers,
+            gates,
+            mode,
+            overlap,
+            queue,
+            scratch: None,
+            fused: Prompt::default(),
+        }
+    }
+
+    fn validate(&self, prompt: &Prompt) -> Result<(), Error> {
+        if prompt.ids.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let covered: usize = prompt.sections.iter().map(|section| section.len).sum();
+        if covered != prompt.ids.len() {
+            return Err(Error::SectionLength { sections: covered, tokens: prompt.ids.len() });
+        }
+        for (index, section) in prompt.sections.iter().enumerate() {
+            let mask = section.sharer_mask;
+            if mask >> self.sharers.len() != 0 {
+                return Err(Error::UnknownSharer { section: index, mask, sharers: self.sharers.len() });
+            }
+        }
+        for (sharer, own) in prompt.sharers.iter().enumerate() {
+            for (token, column) in own.columns.iter().enumerate() {
+                if let Some(column) = column.filter(|&column| column as usize >= own.ids.len()) {
+                    let (column, tokens) = (column as usize, own.ids.len());
+                    return Err(Error::ColumnOutOfRange { token, column, sharer, tokens });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings all caches to `prompt` and returns the receiver's logits: `[vocab]` after its last token, or
+    /// `[tokens of the last section, vocab]`.
+    ///
+    /// Called again with a longer conversation, whatever it shares with the last one (same tokens, same sections) is
+    /// kept, and the rest is fused on top.
+    pub fn prefill(
+        &mut self,
+        prompt: &Prompt,
+        wanted: WantedLogits,
+    ) -> Result<(Vec<f32>, PrefillReport), Error> {
+        self.validate(prompt)?;
+        self.note_generated();
+        self.rewind_to_shared(prompt);
+        let mut report = PrefillReport::default();
+
+        let sharer_begin: Vec<Event> = self.sharers.iter().map(|lane| lane.queue.record()).collect();
+        let mut sharer_cached: Vec<Vec<Event>> = Vec::new();
+        for (lane, own) in self.sharers.iter_mut().zip(&prompt.sharers) {
+            let known = lane.ids().len();
+            sharer_cached.push(lane.append(
+                &own.ids[known..],
+                &own.positions[known..],
+                Goal::Cache,
+                |_, _| {},
+            )?);
+        }
+        let sharer_end: Vec<Event> = self.sharers.iter().map(|lane| lane.queue.record()).collect();
+        if self.overlap == Overlap::Off {
+            sharer_end.iter().for_each(|event| self.receiver.queue.wait(event));
+        }
+
+        let receiver_begin = self.receiver.queue.record();
+        let fuse_begin = self.queue.record();
+        let mut fusible_end = receiver_begin.clone();
+        let mut fused: Vec<Option<Event>> = vec![None; self.receiver.kv.layers().len()];
+        let mut logits = Vec::new();
+        let mut start = 0;
+        for (index, section) in prompt.sections.iter().enumerate() {
+            let (from, to) = (start.max(self.receiver.ids().len()), start + section.len);
+            let last = index + 1 == prompt.sections.len();
+            start = to;
+            if from >= to {
+                continue;
+            }
+            let goal = if last { Goal::Hidden } else { Goal::Cache };
+            let wait_fused = |queue: &Queue, layer: usize| {
+                if let Some(event) = &fused[layer] {
+                    queue.wait(event);
+                }
+            };
+            let cached = self.receiver.append_observed(
+                &prompt.ids[from..to],
+                &prompt.positions[from..to],
+                goal,
+                wait_fused,
+                |lane, tokens| {
+                    if last && wanted == WantedLogits::LastSection {
+                        logits.extend(lane.pass_logits(tokens)?);
+                    }
+                    Ok(())
+                },
+            )?;
+            if last || section.sharer_mask == 0 {
+                continue;
+            }
+            fusible_end = self.receiver.queue.record();
+            if self.overlap == Overlap::Off {
+                self.queue.wait(&fusible_end);
+            }
+            self.fuse_section(
+                prompt,
+                from,
+                to,
+                section.sharer_mask,
+                &sharer_cached,
+                &cached,
+                &mut fused,
+                &mut report,
+            )?;
+        }
+        let fuse_end = self.queue.record();
+        let receiver_end = self.receiver.queue.record();
+        if wanted == WantedLogits::Last {
+            logits = self.receiver.logits()?;
+        }
+        for lane in &self.sharers {
+            lane.queue.synchronize()?;
+        }
+        self.queue.synchronize()?;
+        self.fused = prompt.clone();
+
+        let spent = |end: &Event, begin: &Event| end.elapsed_since(begin).unwrap_or_default();
+        report.sharers = sharer_end.iter().zip(&sharer_begin).map(|(end, begin)| spent(end, begin)).collect();
+        report.receiver = spent(&receiver_end, &receiver_begin);
+        report.fuse = spent(&fuse_end, &fuse_begin);
+        let prefills = sharer_end.iter().chain([&fusible_end]).filter_map(Event::done_at).max();
+        if let (Some(prefills), Some(fuse)) = (prefills, fuse_end.done_at())
+            && report.fused_tokens > 0
+        {
+            report.fuse_exposed = fuse.saturating_duration_since(prefills);
+        }
+        Ok((logits, report))
+    }
+
+    /// Counts tokens that the receiver generated since the last prefill to that conversation's last section.
+    fn note_generated(&mut self) {
+        let generated = self.receiver.ids().get(self.fused.ids.len()..).unwrap_or_default();
+        let next = self.receiver.next_position() - generated.len() as u32;
+        self.fused.positions.extend((next..).take(generated.len()));
+        self.fused.ids.extend(generated);
+        if let Some(last) = self.fused.sections.last_mut() {
+            last.len += generated.len();
+        }
+        for own in &mut self.fused.sharers {
+            own.columns.resize(self.fused.ids.len(), None);
+        }
+    }
+
+    /// Cuts all lanes back to the part of the last conversation that `prompt` begins with.
+    fn rewind_to_shared(&mut self, prompt: &Prompt) {
+        let old = &self.fused;
+        for ((lane, own), was) in self.sharers.iter_mut().zip(&prompt.sharers).zip(&old.sharers) {
+            let shared =
+                common(&own.ids, &was.ids).min(common(&own.positions, &was.positions)).min(lane.ids().len());
+            lane.truncate(shared, own.positions.get(shared).copied().unwrap_or(0));
+        }
+        // Whole sections only: same tokens, same mask, same columns. At least one token is left for the logits.
+        let (mut kept, mut start) = (0, 0);
+        for (index, (new, was)) in prompt.sections.iter().zip(&old.sections).enumerate() {
+            let range = start..start + new.len.min(was.len);
+            start += new.len;
+            let columns = prompt.sharers.iter().zip(&old.sharers).all(|(new, was)| {
+                new.columns.get(range.clone()) == was.columns.get(range.clone())
+                    && range
+                        .clone()
+                        .filter_map(|t| new.columns.get(t).copied().flatten())
+                        .all(|column| new.ids.get(..=column as usize) == was.ids.get(..=column as usize))
+            });
+            let ids = prompt.ids.get(range.clone()) == old.ids.get(range.clone())
+                && prompt.positions.get(range.clone()) == old.positions.get(range.clone());
+            let was_last = index + 1 == old.sections.len();
+            // The old last section was never fused: it may be kept only as part of an unfused one.
+            let same = ids && columns && if was_last { new.sharer_mask == 0 } else { new == was };
+            if !same {
+                break;
+            }
+            kept = range.end;
+            if new.len != was.len {
+                break;
+            }
+        }
+        let kept = kept.min(prompt.ids.len() - 1).min(self.receiver.ids().len());
+        self.receiver.truncate(kept, prompt.positions[kept]);
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn fuse_section(
+        &mut self,
+        prompt: &Prompt,
+        start: usize,
+        end: usize,
+        mask: u32,
+        sharer_cached: &[Vec<Event>],
+        receiver_cached: &[Event],
+        fused: &mut [Option<Event>],
+        report: &mut PrefillReport,
+    ) -> Result<(), Error> {
+        let selected: Vec<usize> = (0..self.sharers.len()).filter(|i| mask >> i & 1 == 1).collect();
+        let several = selected.len() > 1 && self.mode == FusionMode::Parallel;
+        // Several sharers in parallel all read the plain cache while the sum grows in place: keep a plain copy.
+        let plain = several.then(|| self.plain_copy(end - start)).transpose()?;
+        let mut pairs: Vec<Columns> = Vec::new();
+        for &sharer in &selected {
+            pairs.push(self.columns(prompt, sharer, start, end)?);
+            report.fused_tokens += pairs.last().map_or(0, |pair| pair.tokens);
+        }
+        let scratch = self.scratch_for(&selected, end - start)?;
+        for layer in 0..self.receiver.kv.layers().len() {
+            self.queue.wait(&receiver_cached[layer]);
+            let live = self.receiver.kv.layers()[layer].clone();
+            if let Some(plain) = &plain {
+                let slots = self.slots_tensor(&self.receiver.slots()[start..end])?;
+                ops::copy_slots(&self.queue, &live, &slots, &plain.pages, &plain.slots)?;
+            }
+            for (&sharer, pair) in selected.iter().zip(&pairs) {
+                let fuser = &self.fusers[sharer];
+                let gates = self.gates[sharer].get(layer).copied().unwrap_or_default();
+                let Some(source_layer) = fuser.sharer_layer(layer) else { continue };
+                if gates == [0.0; 2] {
+                    continue;
+                }
+                // A sharer that had nothing new to read has no events: its cache is from an earlier turn.
+                if let Some(event) = sharer_cached[sharer].get(source_layer) {
+                    self.queue.wait(event);
+                }
+                let source = &self.sharers[sharer].kv.layers()[source_layer];
+                report.kv_bytes +=
+                    (2 * pair.tokens * source.width() * source.keys.dtype().block_bytes()) as u64;
+                for part in &pair.parts {
+                    let target_slots = match &plain {
+                        Some(plain) => plain.slots_at(&self.queue, &part.rows)?,
+                        None => part.target.clone(),
+                    };
+                    let call = FuseCall {
+                        source,
+                        source_slots: &part.source,
+                        target: plain.as_ref().map_or(&live, |plain| &plain.pages),
+                        target_slots: &target_slots,
+                        base: &live,
+                        base_slots: &part.target,
+                        out: &live,
+                        out_slots: &part.target,
+                        scratch: &scratch,
+                        precision: self.receiver.decoder.precision,
+                        gates,
+                    };
+                    fuser.issue_layer(&self.queue, layer, call)?;
+                }
+            }
+            fused[layer] = Some(self.queue.record());
+        }
+        Ok(())
+    }
+
+    fn slots_tensor(&self, slots: &[u32]) -> Result<Tensor, Error> {
+        Ok(self.queue.tensor(slots, &[slots.len()], "slots")?)
+    }
+
+    /// Which slots of sharer `sharer` go with which of the receiver's for tokens `start..end`, in parts of at most
+    /// [`MAX_FUSE`].
+    fn columns(&self, prompt: &Prompt, sharer: usize, start: usize, end: usize) -> Result<Columns, Error> {
+        let aligned: Vec<(usize, u32)> = (start..end)
+            .filter_map(|token| Some((token, prompt.sharers[sharer].columns.get(token).copied()??)))
+            .collect();
+        let (theirs, ours) = (self.sharers[sharer].slots(), self.receiver.slots());
+        let mut parts = Vec::new();
+        for part in aligned.chunks(MAX_FUSE) {
+            let source: Vec<u32> = part.iter().map(|&(_, column)| theirs[column as usize]).collect();
+            let target: Vec<u32> = part.iter().map(|&(token, _)| ours[token]).collect();
+            parts.push(Part {
+                source: self.slots_tensor(&source)?,
+                target: self.slots_tensor(&target)?,
+                rows: part.iter().map(|&(token, _)| (token - start) as u32).collect(),
+            });
+        }
+        Ok(Columns { tokens: aligned.len(), parts })
+    }
+
+    fn plain_copy(&self, tokens: usize) -> Result<PlainCopy, Error> {
+        let live = &self.receiver.kv.layers()[0];
+        let (heads, size, dim) = (live.kv_heads(), live.block_size(), live.head_dim());
+        let dims = [tokens.div_ceil(size), heads, size, dim];
+        let backend = self.queue.backend();
+        let page = |what| backend.alloc(live.keys.dtype(), &dims, what);
+        let pages = KvPages { keys: page("plain keys")?, values: page("plain values")? };
+        let slots: Vec<u32> = (0..tokens as u32).collect();
+        Ok(PlainCopy { pages, slots: self.slots_tensor(&slots)? })
+    }
+
+    fn scratch_for(&mut self, selected: &[usize], tokens: usize) -> Result<Tensor, Error> {
+        let tokens = tokens.min(MAX_FUSE);
+        let need = selected.iter().map(|&sharer| self.fusers[sharer].scratch_len(tokens)).max().unwrap_or(0);
+        match &self.scratch {
+            Some(scratch) if scratch.elements() >= need => Ok(scratch.clone()),
+            _ => {
+                let scratch = self.queue.backend().alloc(DType::F32, &[need], "fuser scratch")?;
+                self.scratch = Some(scratch.clone());
+                Ok(scratch)
+            }
+        }
+    }
+}
+
+fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+struct Columns {
+    tokens: usize,
+    parts: Vec<Part>,
+}
+
+struct Part {
+    source: Tensor,
+    target: Tensor,
+    /// The same tokens counted from the start of the section.
+    rows: Vec<u32>,
+}
+
+struct PlainCopy {
+    pages: KvPages,
+    slots: Tensor,
+}
+
+impl PlainCopy {
+    /// Slots of the copy are the tokens' places in the section.
+    fn slots_at(&self, queue: &Queue, rows: &[u32]) -> Result<Tensor, Error> {
+        Ok(queue.tensor(rows, &[rows.len()], "plain slots")?)
+    }
+}

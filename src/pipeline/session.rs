@@ -1,0 +1,578 @@
+//! What the binaries drive: models loaded from files, a question in, an answer with its costs out.
+
+use super::{
+    Error, FinishReason, Generation, Lane, Link, Overlap, PrefillReport, Prompt, SharerPrompt, Stream,
+    T2tPrompts, WantedLogits, generate,
+};
+use crate::{
+    align::{AlignedPrompt, Aligner, Alignment, ChatOptions, Fraction, LayerMapping},
+    backend::{self, Backend, DType, DeviceChoice, Precision, Queue},
+    engine::SamplingParams,
+    fuser::{self, Fuser, FuserConfig, FusionMode, GateOverride, Gates, Kind, Mapping},
+    model::{self, Decoder, Goal, Source},
+    tokenizer::{Message, TemplateOptions, Tokenizer},
+};
+use serde::Serialize;
+use std::{
+    num::ParseIntError,
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+/// Tokens of a cache block.
+const BLOCK_SIZE: usize = 16;
+
+/// Who answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// The receiver, on a cache fused with the sharers'.
+    C2c,
+    /// The receiver alone.
+    Receiver,
+    /// The (first) sharer alone.
+    Sharer,
+    /// The sharer writes down background, the receiver reads it and answers.
+    T2t,
+}
+
+/// `--dtype`: what caches are kept in, and how exact the arithmetic is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeType {
+    F32,
+    Bf16,
+}
+
+impl ComputeType {
+    fn kv(self) -> DType {
+        match self {
+            ComputeType::F32 => DType::F32,
+            ComputeType::Bf16 => DType::Bf16,
+        }
+    }
+
+    fn precision(self) -> Precision {
+        match self {
+            ComputeType::F32 => Precision::F32,
+            ComputeType::Bf16 => Precision::Fast,
+        }
+    }
+}
+
+/// `--fuser`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FuserChoice {
+    /// A checkpoint.
+    Load(PathBuf),
+    /// Untrained, gates closed: `init[:SEED]`.
+    Init { seed: u64 },
+}
+
+impl FromStr for FuserChoice {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        match text.strip_prefix("init") {
+            Some("") => Ok(FuserChoice::Init { seed: 0 }),
+            Some(rest) if rest.starts_with(':') => Ok(FuserChoice::Init { seed: rest[1..].parse()? }),
+            _ => Ok(FuserChoice::Load(text.into())),
+        }
+    }
+}
+
+impl FuserChoice {
+    /// Width of an untrained fuser: enough to drive the road, quick to make.
+    const INIT_HIDDEN: usize = 256;
+
+    /// Loads or makes the fuser and checks that it fits the pair.
+    fn open(
+        &self,
+        receiver: &Model,
+        sharer: &Model,
+        mapping: LayerMapping,
+        backend: &Arc<dyn Backend>,
+    ) -> Result<Fuser, Error> {
+        let (ours, theirs) = (receiver.shape(), sharer.shape());
+        let fuser = match self {
+            FuserChoice::Load(path) => Fuser::load(path, backend)?,
+            FuserChoice::Init { seed } => {
+                let layers = (receiver.decoder.config.layers, sharer.decoder.config.layers);
+                let sources: Vec<usize> =
+                    mapping.sources(layers.0, layers.1).iter().map(|sources| sources[0]).collect();
+                let rule = match mapping {
+                    LayerMapping::LastAligned { .. } => Mapping::LastAligned,
+                    LayerMapping::KNearest { .. } => Mapping::KNearest,
+                };
+                let (kind, width) = (Kind::C2c, Self::INIT_HIDDEN);
+                let config =
+                    FuserConfig::new(kind, width, width, rule, &sources, ours.clone(), theirs.clone());
+                Fuser::init(config, *seed, backend)?
+            }
+        };
+        fuser::require_contract(fuser.config(), &ours, &theirs)?;
+        Ok(fuser)
+    }
+}
+
+/// Everything that is chosen before models are loaded.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    pub mode: Mode,
+    pub receiver: Option<PathBuf>,
+    pub sharers: Vec<PathBuf>,
+    /// One a sharer.
+    pub fusers: Vec<FuserChoice>,
+    pub multi_sharer: FusionMode,
+    pub alignment: Alignment,
+    pub mapping: LayerMapping,
+    pub gates: GateOverride,
+    pub fraction: Option<Fraction>,
+    pub dtype: ComputeType,
+    pub device: DeviceChoice,
+    pub threads: usize,
+    pub overlap: Overlap,
+}
+
+/// A loaded model and its tokenizer, where it has one.
+pub struct Model {
+    pub path: PathBuf,
+    pub decoder: Arc<Decoder>,
+    pub tokenizer: Option<Tokenizer>,
+}
+
+impl Model {
+    /// Loads a Hugging Face folder or a GGUF file.
+    pub fn load(
+        path: &Path,
+        backend: &Arc<dyn Backend>,
+        precision: Precision,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<Model, Error> {
+        let loaded = model::load(path, backend, progress)?;
+        let tokenizer = match &loaded.source {
+            Source::Folder(folder) if !folder.join("tokenizer.json").exists() => None,
+            Source::Folder(folder) => Some(Tokenizer::from_folder(folder)?),
+            Source::Gguf(gguf) => Some(Tokenizer::from_gguf(
+                &gguf.vocab().map_err(|source| model::Error::Gguf { path: path.into(), source })?,
+            )?),
+        };
+        Ok(Model { path: path.into(), decoder: Arc::new(Decoder::new(loaded, precision)), tokenizer })
+    }
+
+    /// What a fuser made for this model expects.
+    pub fn shape(&self) -> fuser::CacheShape {
+        let config = &self.decoder.config;
+        fuser::CacheShape {
+            name: self.path.file_stem().map(|name| name.to_string_lossy().into_owned()),
+            config: Some(fuser::Digest(config.fingerprint())),
+            tokenizer: self.tokenizer.as_ref().map(|tokenizer| fuser::Digest(tokenizer.fingerprint())),
+            rope: Some(config.rope_in_words()),
+            norm: Some(if config.qk_norm { "rms" } else { "none" }.into()),
+            ..fuser::CacheShape::new(config.layers, config.kv_heads, config.head_dim)
+        }
+    }
+
+    fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+        self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer { model: self.path.display().to_string() })
+    }
+}
+
+/// What is asked.
+#[derive(Clone, Debug)]
+pub enum Question {
+    /// A conversation, rendered by each model's chat template.
+    Chat { messages: Vec<Message>, template: TemplateOptions },
+    /// A text to continue, without a template.
+    Raw(String),
+}
+
+/// Milliseconds of each phase. `fuse_exposed` is the part of the fuse that no prefill hid.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct TimingsMs {
+    pub load: f64,
+    pub tokenize: f64,
+    pub align: f64,
+    pub sharer_prefill: f64,
+    pub receiver_prefill: f64,
+    pub fuse: f64,
+    pub fuse_exposed: f64,
+    /// From the question to the first token, text-to-text's first stage included.
+    pub first_token: f64,
+    /// From the first token to the last.
+    pub decode: f64,
+    /// From the question to the end of the answer.
+    pub total: f64,
+}
+
+/// Tokens per second of each phase; `None` where there was nothing to time.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct TokensPerSecond {
+    pub receiver_prefill: Option<f64>,
+    pub sharer_prefill: Option<f64>,
+    pub decode: Option<f64>,
+}
+
+/// An answer and what it cost.
+#[derive(Clone, Debug, Serialize)]
+pub struct Answer {
+    pub mode: Mode,
+    pub text: String,
+    pub tokens: Vec<u32>,
+    pub finish_reason: FinishReason,
+    pub prompt_tokens: usize,
+    pub sharer_prompt_tokens: Vec<usize>,
+    /// Receiver tokens that took a sharer's column.
+    pub fused_tokens: usize,
+    pub timings_ms: TimingsMs,
+    pub tokens_per_s: TokensPerSecond,
+    /// For each sharer, for each receiver layer: factors of keys and values, 0 = closed, 1 = open.
+    pub gates: Vec<Gates>,
+    /// Bytes of sharer cache that the fuser read.
+    pub kv_bytes: u64,
+    /// The sharer's text, in text-to-text mode.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub background: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub logprobs: Vec<crate::engine::TokenLogprobs>,
+    pub peak_rss_bytes: u64,
+    pub device: &'static str,
+    pub threads: usize,
+    pub dtype: ComputeType,
+    pub overlap: Overlap,
+}
+
+/// Models, fusers and settings; answers questions.
+pub struct Session {
+    pub backend: Arc<dyn Backend>,
+    pub receiver: Option<Model>,
+    pub sharers: Vec<Model>,
+    pub fusers: Vec<Fuser>,
+    /// For each fuser, per receiver layer.
+    pub gates: Vec<Gates>,
+    options: SessionOptions,
+    load: Duration,
+}
+
+impl Session {
+    /// Opens the device, loads what the mode needs, and checks that the fusers fit the models.
+    ///
+    /// `progress(path, done, total)` is called while bytes of a model become ready.
+    pub fn open(options: SessionOptions, progress: &dyn Fn(&Path, u64, u64)) -> Result<Session, Error> {
+        let start = Instant::now();
+        let backend = backend::open(options.device, options.threads)?;
+        let precision = options.dtype.precision();
+        let load = |path: &PathBuf| {
+            Model::load(path, &backend, precision, &|done, total| progress(path, done, total))
+        };
+        let needs_receiver = options.mode != Mode::Sharer;
+        let receiver = match &options.receiver {
+            Some(path) if needs_receiver => Some(load(path)?),
+            None if needs_receiver => {
+                return Err(Error::MissingModel { mode: options.mode, what: "--receiver" });
+            }
+            _ => None,
+        };
+        let wanted = match options.mode {
+            Mode::C2c => options.sharers.len(),
+            Mode::Sharer | Mode::T2t => 1,
+            Mode::Receiver => 0,
+        };
+        if options.sharers.len() < wanted || (wanted == 0 && options.mode == Mode::C2c) {
+            return Err(Error::MissingModel { mode: options.mode, what: "--sharer" });
+        }
+        let sharers = options.sharers[..wanted].iter().map(load).collect::<Result<Vec<Model>, Error>>()?;
+        let (mut fusers, mut gates) = (Vec::new(), Vec::new());
+        if let (Mode::C2c, Some(receiver)) = (options.mode, &receiver) {
+            if options.fusers.len() != sharers.len() {
+                return Err(Error::FuserCount { sharers: sharers.len(), fusers: options.fusers.len() });
+            }
+            for (choice, sharer) in options.fusers.iter().zip(&sharers) {
+                let fuser = choice.open(receiver, sharer, options.mapping, &backend)?;
+                gates.push(fuser.gates_with(&options.gates)?);
+                fusers.push(fuser);
+            }
+        }
+        Ok(Session { backend, receiver, sharers, fusers, gates, options, load: start.elapsed() })
+    }
+
+    fn receiver(&self) -> Result<&Model, Error> {
+        self.receiver.as_ref().ok_or(Error::MissingModel { mode: self.options.mode, what: "--receiver" })
+    }
+
+    /// A lane of `model` for `tokens` tokens.
+    pub fn lane(&self, model: &Model, tokens: usize) -> Result<Lane, Error> {
+        let config = &model.decoder.config;
+        if tokens > config.context_length {
+            return Err(model::Error::ContextExceeded { tokens, limit: config.context_length }.into());
+        }
+        let blocks = tokens.div_ceil(BLOCK_SIZE).max(1);
+        let kv = config.paged_kv(&self.backend, blocks, BLOCK_SIZE, self.options.dtype.kv())?;
+        Lane::new(model.decoder.clone(), Queue::new(&self.backend), kv, tokens)
+    }
+
+    /// A receiver linked to all sharers, with room for `receiver_tokens` and `sharer_tokens[i]` tokens.
+    pub fn link(&self, receiver_tokens: usize, sharer_tokens: &[usize]) -> Result<Link, Error> {
+        let receiver = self.lane(self.receiver()?, receiver_tokens)?;
+        let lanes = self.sharers.iter().zip(sharer_tokens).map(|(model, &tokens)| self.lane(model, tokens));
+        let sharers = lanes.collect::<Result<Vec<Lane>, Error>>()?;
+        let o = &self.options;
+        Ok(Link::new(receiver, sharers, self.fusers.clone(), self.gates.clone(), o.multi_sharer, o.overlap))
+    }
+
+    /// Answers one question; `on_text` is called with each piece of the answer as it comes.
+    pub fn answer(
+        &self,
+        question: &Question,
+        params: &SamplingParams,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Answer, Error> {
+        match self.options.mode {
+            Mode::C2c => self.answer_c2c(question, params, on_text),
+            Mode::Receiver => self.answer_alone(self.receiver()?, question, params, on_text),
+            Mode::Sharer => self.answer_alone(&self.sharers[0], question, params, on_text),
+            Mode::T2t => self.answer_t2t(question, params, on_text),
+        }
+    }
+
+    fn encode(&self, model: &Model, question: &Question) -> Result<Vec<u32>, Error> {
+        let tokenizer = model.tokenizer()?;
+        let ids = match question {
+            Question::Raw(text) => tokenizer.encode(text, true)?.ids,
+            Question::Chat { messages, template } => {
+                tokenizer.encode(&tokenizer.render(messages, template)?, false)?.ids
+            }
+        };
+        if ids.is_empty() { Err(Error::EmptyPrompt) } else { Ok(ids) }
+    }
+
+    fn with_stops(&self, model: &Model, params: &SamplingParams) -> Result<SamplingParams, Error> {
+        let mut params = params.clone();
+        params.eos.extend(&model.tokenizer()?.special().eos);
+        Ok(params)
+    }
+
+    /// One model alone on `question`; returns the answer, and the time its prefill took.
+    fn run_alone(
+        &self,
+        model: &Model,
+        question: &Question,
+        params: &SamplingParams,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Alone, Error> {
+        let start = Instant::now();
+        let ids = self.encode(model, question)?;
+        let tokenize = start.elapsed();
+        let params = self.with_stops(model, params)?;
+        let mut lane = self.lane(model, capped(ids.len(), &params, model))?;
+        let prefill = Instant::now();
+        let positions: Vec<u32> = (0..ids.len() as u32).collect();
+        lane.append(&ids, &positions, Goal::Hidden, |_, _| {})?;
+        let logits = lane.logits()?;
+        let (prefill, first_token) = (prefill.elapsed(), start.elapsed());
+        let stream =
+            Stream { detokenizer: Some(model.tokenizer()?.detokenizer()), on_text, keep_scores: false };
+        let generation = generate(&mut lane, logits, &params, stream)?;
+        Ok(Alone {
+            generation,
+            prompt_tokens: ids.len(),
+            tokenize,
+            prefill,
+            first_token,
+            total: start.elapsed(),
+        })
+    }
+
+    fn answer_alone(
+        &self,
+        model: &Model,
+        question: &Question,
+        params: &SamplingParams,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Answer, Error> {
+        let run = self.run_alone(model, question, params, on_text)?;
+        let mut answer = self.blank(run.generation);
+        answer.timings_ms.tokenize = ms(run.tokenize);
+        answer.timings_ms.first_token = ms(run.first_token);
+        answer.timings_ms.total = ms(run.total);
+        if self.options.mode == Mode::Sharer {
+            answer.sharer_prompt_tokens = vec![run.prompt_tokens];
+            answer.timings_ms.sharer_prefill = ms(run.prefill);
+        } else {
+            answer.prompt_tokens = run.prompt_tokens;
+            answer.timings_ms.receiver_prefill = ms(run.prefill);
+        }
+        answer.rates();
+        Ok(answer)
+    }
+
+    fn answer_t2t(
+        &self,
+        question: &Question,
+        params: &SamplingParams,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Answer, Error> {
+        let Question::Chat { messages, template } = question else { return Err(Error::T2tNeedsChat) };
+        let last = messages.iter().rposition(|message| message.role == "user").ok_or(Error::T2tNeedsChat)?;
+        let (prompts, text) = (T2tPrompts::default(), &messages[last].content);
+        let chat = |messages| Question::Chat { messages, template: template.clone() };
+        let stage1 = self.run_alone(&self.sharers[0], &chat(prompts.ask(text)), params, &mut |_| {})?;
+        let background = stage1.generation.text.trim().to_string();
+        let mut conversation = messages[..last].to_vec();
+        conversation.extend(prompts.answer(text, &background, text));
+        let stage2 = self.run_alone(self.receiver()?, &chat(conversation), params, on_text)?;
+        let mut answer = self.blank(stage2.generation);
+        answer.background = Some(background);
+        answer.prompt_tokens = stage2.prompt_tokens;
+        answer.sharer_prompt_tokens = vec![stage1.prompt_tokens];
+        answer.timings_ms.tokenize = ms(stage1.tokenize + stage2.tokenize);
+        answer.timings_ms.sharer_prefill = ms(stage1.prefill);
+        answer.timings_ms.receiver_prefill = ms(stage2.prefill);
+        answer.timings_ms.first_token = ms(stage1.total + stage2.first_token);
+        answer.timings_ms.total = ms(stage1.total + stage2.total);
+        answer.rates();
+        Ok(answer)
+    }
+
+    fn aligned(&self, question: &Question) -> Result<(AlignedPrompt, Duration), Error> {
+        let receiver = self.receiver()?.tokenizer()?;
+        let sharers =
+            self.sharers.iter().map(|model| model.tokenizer().cloned()).collect::<Result<Vec<_>, _>>()?;
+        let aligner = Aligner::new(receiver, &sharers, self.options.alignment)?;
+        let start = Instant::now();
+        let mut prompt = match question {
+            Question::Raw(text) => aligner.raw(text)?,
+            Question::Chat { messages, template } => {
+                aligner.chat(messages, &ChatOptions { template: template.clone(), open_last: false })?
+            }
+        };
+        if let Some(fraction) = self.options.fraction {
+            prompt.sections = fraction.apply(&prompt.sections);
+        }
+        for remark in &prompt.remarks {
+            log::warn!("{remark}");
+        }
+        Ok((prompt, start.elapsed()))
+    }
+
+    fn answer_c2c(
+        &self,
+        question: &Question,
+        params: &SamplingParams,
+        on_text: &mut dyn FnMut(&str),
+    ) -> Result<Answer, Error> {
+        let start = Instant::now();
+        let receiver = self.receiver()?;
+        let (aligned, align) = self.aligned(question)?;
+        let prompt = Prompt::from(aligned);
+        let params = self.with_stops(receiver, params)?;
+        let sharer_tokens: Vec<usize> = prompt.sharers.iter().map(|own| own.ids.len()).collect();
+        let mut link = self.link(capped(prompt.ids.len(), &params, receiver), &sharer_tokens)?;
+        let (logits, report) = link.prefill(&prompt, WantedLogits::Last)?;
+        let first_token = start.elapsed();
+        let stream =
+            Stream { detokenizer: Some(receiver.tokenizer()?.detokenizer()), on_text, keep_scores: false };
+        let generation = generate(&mut link.receiver, logits, &params, stream)?;
+        let mut answer = self.blank(generation);
+        answer.prompt_tokens = prompt.ids.len();
+        answer.sharer_prompt_tokens = sharer_tokens;
+        answer.timings_ms.align = ms(align);
+        answer.prefill(&report);
+        answer.timings_ms.first_token = ms(first_token);
+        answer.timings_ms.total = ms(start.elapsed());
+        answer.rates();
+        Ok(answer)
+    }
+
+    fn blank(&self, generation: Generation) -> Answer {
+        let timings_ms =
+            TimingsMs { load: ms(self.load), decode: ms(generation.decode), ..TimingsMs::default() };
+        Answer {
+            mode: self.options.mode,
+            text: generation.text,
+            tokens: generation.tokens,
+            finish_reason: generation.finish_reason,
+            prompt_tokens: 0,
+            sharer_prompt_tokens: Vec::new(),
+            fused_tokens: 0,
+            timings_ms,
+            tokens_per_s: TokensPerSecond::default(),
+            gates: self.gates.clone(),
+            kv_bytes: 0,
+            background: None,
+            logprobs: generation.logprobs,
+            peak_rss_bytes: peak_rss_bytes(),
+            device: self.backend.device(),
+            threads: self.backend.threads(),
+            dtype: self.options.dtype,
+            overlap: self.options.overlap,
+        }
+    }
+}
+
+struct Alone {
+    generation: Generation,
+    prompt_tokens: usize,
+    tokenize: Duration,
+    prefill: Duration,
+    first_token: Duration,
+    total: Duration,
+}
+
+impl Answer {
+    pub(super) fn prefill(&mut self, report: &PrefillReport) {
+        self.timings_ms.sharer_prefill = ms(report.sharers.iter().sum());
+        self.timings_ms.receiver_prefill = ms(report.receiver);
+        self.timings_ms.fuse = ms(report.fuse);
+        self.timings_ms.fuse_exposed = ms(report.fuse_exposed);
+        self.kv_bytes = report.kv_bytes;
+        self.fused_tokens = report.fused_tokens;
+    }
+
+    fn rates(&mut self) {
+        let rate = |tokens: usize, ms: f64| (tokens > 0 && ms > 0.0).then(|| tokens as f64 / ms * 1e3);
+        self.tokens_per_s = TokensPerSecond {
+            receiver_prefill: rate(self.prompt_tokens, self.timings_ms.receiver_prefill),
+            sharer_prefill: rate(self.sharer_prompt_tokens.iter().sum(), self.timings_ms.sharer_prefill),
+            decode: rate(self.tokens.len().saturating_sub(1), self.timings_ms.decode),
+        };
+    }
+}
+
+impl From<AlignedPrompt> for Prompt {
+    /// Sharers read only as far as something of theirs is fused: later tokens influence nothing.
+    fn from(aligned: AlignedPrompt) -> Prompt {
+        let needed: Vec<usize> =
+            (0..aligned.sharers.len()).map(|sharer| aligned.columns_needed(sharer)).collect();
+        let sharers = aligned.sharers.into_iter().zip(needed).map(|(own, needed)| SharerPrompt {
+            ids: own.ids[..needed].to_vec(),
+            positions: own.positions[..needed].to_vec(),
+            columns: own.columns.iter().map(|column| column.filter(|&c| (c as usize) < needed)).collect(),
+        });
+        Prompt {
+            sharers: sharers.collect(),
+            ids: aligned.receiver_ids,
+            positions: aligned.receiver_positions,
+            sections: aligned.sections,
+        }
+    }
+}
+
+/// Room for the prompt and the answer, within the model's context.
+fn capped(prompt: usize, params: &SamplingParams, model: &Model) -> usize {
+    prompt.max(prompt.saturating_add(params.max_new_tokens).min(model.decoder.config.context_length))
+}
+
+fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// Largest resident size of this process so far; 0 where the system does not tell.
+pub fn peak_rss_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
