@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tokenizers::AddedToken;
 use tokenizers::processors::template::TemplateProcessing;
 
@@ -44,7 +45,7 @@ pub(super) fn load(dir: &Path) -> Result<Tokenizer, Error> {
         None => id_list(&read_json(&dir.join("config.json"))?.unwrap_or_default(), "eos_token_id"),
     };
     let specials = Specials::new(&inner, declared, &stop);
-    let tokenizer = Tokenizer::assemble(inner, specials, dir.display().to_string());
+    let tokenizer = Tokenizer::assemble(inner, specials, dir.display().to_string(), OnceLock::new());
     match chat_template(dir, &config)? {
         Some(source) => tokenizer.with_chat_template(&source),
         None => Ok(tokenizer),
@@ -54,7 +55,7 @@ pub(super) fn load(dir: &Path) -> Result<Tokenizer, Error> {
 pub(super) fn load_file(file: &Path) -> Result<Tokenizer, Error> {
     let inner = read_tokenizer(file)?;
     let specials = Specials::new(&inner, Vec::new(), &[]);
-    Ok(Tokenizer::assemble(inner, specials, file.display().to_string()))
+    Ok(Tokenizer::assemble(inner, specials, file.display().to_string(), OnceLock::new()))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
@@ -182,18 +183,26 @@ pub(super) fn surround(
     if bos.is_none() && eos.is_none() {
         return Ok(None);
     }
-    let piece = |token: &Option<(String, u32)>| token.as_ref().map(|(text, _)| text.clone());
-    let single: Vec<String> = [piece(&bos), Some("$A".into()), piece(&eos)].into_iter().flatten().collect();
-    let mut tokens: Vec<(String, u32)> = bos.into_iter().chain(eos).collect();
-    tokens.dedup();
-    let unusable = |error: String| Error::Encode(format!("BOS or EOS cannot be added: {error}"));
-    let processor = TemplateProcessing::builder()
-        .try_single(single)
-        .map_err(unusable)?
-        .special_tokens(tokens)
-        .build()
-        .map_err(|error| unusable(error.to_string()))?;
-    Ok(Some(processor))
+    // Built as tokenizer.json writes it: the builder's own notation cannot spell tokens with a colon.
+    let piece = |token: &Option<(String, u32)>| {
+        token.as_ref().map(|(text, _)| json!({"SpecialToken": {"id": text, "type_id": 0}}))
+    };
+    let text = Some(json!({"Sequence": {"id": "A", "type_id": 0}}));
+    let template: Vec<Value> = [piece(&bos), text, piece(&eos)].into_iter().flatten().collect();
+    let tokens: Map<String, Value> = [bos, eos]
+        .into_iter()
+        .flatten()
+        .map(|(text, id)| (text.clone(), json!({"id": text, "ids": [id], "tokens": [text]})))
+        .collect();
+    let processor = json!({
+        "type": "TemplateProcessing",
+        "single": template,
+        "pair": template,
+        "special_tokens": tokens,
+    });
+    serde_json::from_value(processor)
+        .map(Some)
+        .map_err(|error| Error::Encode(format!("BOS or EOS cannot be added: {error}")))
 }
 
 /// An id or a list of ids; anything else counts as not given.
