@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use c2c::tokenizer::{GgufVocab, Tokenizer};
+use c2c::tokenizer::{GgufVocab, Message, TemplateOptions, Tokenizer};
 use serde_json::{Map, Value};
 
 /// Metadata of a GGUF file, enough of the format to read vocabularies: tests of the tokenizer need no model.
@@ -168,51 +168,34 @@ fn same_ids_as_tokenizer_json() {
     }
 }
 
+/// One tokenizer has one fingerprint, wherever it was read from.
 #[test]
-fn tmp() {
-    let t = std::time::Instant::now();
-    let q = from_gguf("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf").unwrap();
-    println!("{:?} {:?}", q, t.elapsed());
-    let v = vocab(Path::new("/work/real/models/SmolLM2-135M-Instruct.Q4_1.gguf"));
-    let t = std::time::Instant::now();
-    let s = Tokenizer::from_gguf(&v).unwrap();
-    println!("{:?} {:?}", s, t.elapsed());
-    let t = std::time::Instant::now();
-    s.fingerprint();
-    println!("{:?}", t.elapsed());
-    let v = vocab(Path::new("/work/real/models/gemma-3-270m-q4_k_m.gguf"));
-    let t = std::time::Instant::now();
-    let g = Tokenizer::from_gguf(&v).unwrap();
-    println!("{:?} {:?}", g, t.elapsed());
-    println!("{}", s.fingerprint() == from_shared("smollm2").unwrap().fingerprint());
-    println!("{}", q.fingerprint() == from_shared("qwen2.5").unwrap().fingerprint());
-    println!(
-        "{}",
-        q.fingerprint() == Tokenizer::from_folder(Path::new("/tmp/toks/qwen2_5")).unwrap().fingerprint()
-    );
-    println!("{:?}", from_shared("qwen3").unwrap());
-    println!("{:?}", from_shared("gpt2").unwrap());
-    println!("{:?}", from_shared("gptoss").unwrap());
-    println!("{:?}", from_shared("llama3").unwrap());
-    println!("{:?}", from_shared("llama2").unwrap());
-    println!("{:?}", from_shared("bert-uncased").unwrap());
-}
-#[test]
-fn tmp2() {
-    for f in [
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-        "gemma-3-270m-q4_k_m.gguf",
+fn same_fingerprint_as_tokenizer_json() {
+    for (file, name) in [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2"),
+        ("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "qwen2.5"),
     ] {
-        let v = vocab(&Path::new("/work/real/models").join(f));
-        let t = std::time::Instant::now();
-        let s = Tokenizer::from_gguf(&v).unwrap();
-        println!("{f} {:?}", t.elapsed());
-        let t = std::time::Instant::now();
-        s.fingerprint();
-        println!("fp {:?}", t.elapsed());
-        let t = std::time::Instant::now();
-        drop(s);
-        println!("drop {:?}", t.elapsed());
+        let (Some(gguf), Some(json)) = (from_gguf(file), from_shared(name)) else { continue };
+        assert_eq!(gguf.fingerprint(), json.fingerprint(), "{file}");
+    }
+}
+
+#[test]
+fn special_tokens_and_templates() {
+    let gemma = from_gguf("gemma-3-270m-q4_k_m.gguf");
+    if let Some(gemma) = gemma {
+        assert_eq!(gemma.encode("a", true).unwrap().ids[0], 2);
+        assert_eq!(gemma.special().eos, [1, 106]);
+        assert!(gemma.chat_template().is_none());
+        let error = gemma.render(&[], &TemplateOptions::default()).unwrap_err();
+        assert!(error.to_string().contains("gemma-3-270m-q4_k_m.gguf"), "{error}");
+    }
+    if let Some(smollm) = from_gguf("SmolLM2-135M-Instruct.Q4_1.gguf") {
+        assert_eq!(smollm.encode("a", true).unwrap().ids, smollm.encode("a", false).unwrap().ids);
+        assert_eq!((smollm.special().bos, smollm.special().eos_token), (Some(1), Some(2)));
+        assert_eq!(smollm.special().eos, [2, 0]);
+        let options = TemplateOptions { add_generation_prompt: true, ..Default::default() };
+        let text = smollm.render(&[Message::new("user", "Hi")], &options).unwrap();
+        assert!(text.ends_with("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"), "{text}");
     }
 }

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::OnceLock;
 
-use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde::de::{DeserializeOwned, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value, json};
 use tokenizers::AddedToken;
 use tokenizers::processors::template::TemplateProcessing;
 
@@ -44,7 +46,7 @@ pub(super) fn load(dir: &Path) -> Result<Tokenizer, Error> {
         None => id_list(&read_json(&dir.join("config.json"))?.unwrap_or_default(), "eos_token_id"),
     };
     let specials = Specials::new(&inner, declared, &stop);
-    let tokenizer = Tokenizer::assemble(inner, specials, dir.display().to_string());
+    let tokenizer = Tokenizer::assemble(inner, specials, dir.display().to_string(), OnceLock::new());
     match chat_template(dir, &config)? {
         Some(source) => tokenizer.with_chat_template(&source),
         None => Ok(tokenizer),
@@ -54,7 +56,7 @@ pub(super) fn load(dir: &Path) -> Result<Tokenizer, Error> {
 pub(super) fn load_file(file: &Path) -> Result<Tokenizer, Error> {
     let inner = read_tokenizer(file)?;
     let specials = Specials::new(&inner, Vec::new(), &[]);
-    Ok(Tokenizer::assemble(inner, specials, file.display().to_string()))
+    Ok(Tokenizer::assemble(inner, specials, file.display().to_string(), OnceLock::new()))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
@@ -71,11 +73,78 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
 
 fn read_tokenizer(path: &Path) -> Result<tokenizers::Tokenizer, Error> {
     let parse_error = |reason: String| Error::Parse { path: path.into(), reason };
-    let mut inner =
-        tokenizers::Tokenizer::from_bytes(read(path)?).map_err(|error| parse_error(error.to_string()))?;
+    let bytes = read(path)?;
+    let Outline { model } =
+        serde_json::from_slice(&bytes).map_err(|source| Error::Json { path: path.into(), source })?;
+    if model.vocab.0 > LARGEST_ID {
+        return Err(parse_error(format!(
+            "it has a token id of {}; ids go up to {LARGEST_ID}",
+            model.vocab.0
+        )));
+    }
+    // Contradictions inside the file (a prefix longer than a token, a template with an unknown token) make the crate
+    // panic when it reads or first uses it.
+    let inner = std::panic::catch_unwind(|| {
+        let inner = tokenizers::Tokenizer::from_bytes(bytes)?;
+        // An error of this text is none of the file.
+        let _ = inner.encode("a", true);
+        Ok::<_, tokenizers::Error>(inner)
+    });
+    let mut inner = inner
+        .map_err(|_| parse_error("its parts contradict each other".into()))?
+        .map_err(|error| parse_error(error.to_string()))?;
     // Some files carry the truncation of the run that wrote them; a text is never cut or filled up silently.
     inner.with_padding(None).with_truncation(None).map_err(|error| parse_error(error.to_string()))?;
     Ok(inner)
+}
+
+/// Sixty times the largest vocabulary of today. The crate counts up to the largest id when it is written out.
+const LARGEST_ID: u64 = (1 << 24) - 1;
+
+/// What is checked of a tokenizer.json before the crate reads it.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Outline {
+    model: ModelOutline,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct ModelOutline {
+    vocab: LargestId,
+}
+
+/// The largest id of a vocabulary written as token → id; 0 for a list of tokens, where the place is the id.
+#[derive(Default)]
+struct LargestId(u64);
+
+impl<'de> Deserialize<'de> for LargestId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = LargestId;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("a map of tokens to ids, or a list of tokens")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<LargestId, A::Error> {
+                let mut largest = 0;
+                while let Some((_, id)) = map.next_entry::<IgnoredAny, u64>()? {
+                    largest = largest.max(id);
+                }
+                Ok(LargestId(largest))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<LargestId, A::Error> {
+                while list.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(LargestId(0))
+            }
+        }
+
+        deserializer.deserialize_any(Entries)
+    }
 }
 
 /// A token is written as its text or as an object with its `content`.
@@ -182,18 +251,26 @@ pub(super) fn surround(
     if bos.is_none() && eos.is_none() {
         return Ok(None);
     }
-    let piece = |token: &Option<(String, u32)>| token.as_ref().map(|(text, _)| text.clone());
-    let single: Vec<String> = [piece(&bos), Some("$A".into()), piece(&eos)].into_iter().flatten().collect();
-    let mut tokens: Vec<(String, u32)> = bos.into_iter().chain(eos).collect();
-    tokens.dedup();
-    let unusable = |error: String| Error::Encode(format!("BOS or EOS cannot be added: {error}"));
-    let processor = TemplateProcessing::builder()
-        .try_single(single)
-        .map_err(unusable)?
-        .special_tokens(tokens)
-        .build()
-        .map_err(|error| unusable(error.to_string()))?;
-    Ok(Some(processor))
+    // Built as tokenizer.json writes it: the builder's own notation cannot spell tokens with a colon.
+    let piece = |token: &Option<(String, u32)>| {
+        token.as_ref().map(|(text, _)| json!({"SpecialToken": {"id": text, "type_id": 0}}))
+    };
+    let text = Some(json!({"Sequence": {"id": "A", "type_id": 0}}));
+    let template: Vec<Value> = [piece(&bos), text, piece(&eos)].into_iter().flatten().collect();
+    let tokens: Map<String, Value> = [bos, eos]
+        .into_iter()
+        .flatten()
+        .map(|(text, id)| (text.clone(), json!({"id": text, "ids": [id], "tokens": [text]})))
+        .collect();
+    let processor = json!({
+        "type": "TemplateProcessing",
+        "single": template,
+        "pair": template,
+        "special_tokens": tokens,
+    });
+    serde_json::from_value(processor)
+        .map(Some)
+        .map_err(|error| Error::Encode(format!("BOS or EOS cannot be added: {error}")))
 }
 
 /// An id or a list of ids; anything else counts as not given.

@@ -17,7 +17,7 @@ use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper};
 use super::folder::surround;
 use super::pre_tokenizer::PreTokenizer;
 use super::special::{Specials, end_of_turn};
-use super::{Error, Tokenizer};
+use super::{Error, Tokenizer, fingerprint};
 
 /// The `tokenizer.*` metadata of a GGUF file. Fields are named after their keys; what the file does not have is
 /// `None`.
@@ -64,33 +64,39 @@ enum Kind {
 
 pub(super) fn build(vocab: &GgufVocab) -> Result<Tokenizer, Error> {
     let kinds = vocab.kinds()?;
-    vocab.check_ids()?;
-    let (mut inner, add_bos) = match vocab.model.as_str() {
-        "gpt2" => byte_level_bpe(vocab, &kinds)?,
-        "llama" => (sentence_piece_bpe(vocab, &kinds)?, true),
+    let used = vocab.used()?;
+    let ids = vocab.ids(&kinds, &used);
+    let added: Vec<(u32, AddedToken)> = vocab.added(&kinds, &used);
+
+    let fingerprint = |merges: &Merges| {
+        fingerprint::digest(
+            ids.iter().map(|(token, &id)| (token.as_str(), id)),
+            merges.iter().map(|(left, right)| (left.as_str(), right.as_str())),
+            added.iter().map(|&(id, _)| id),
+        )
+    };
+    let (mut inner, add_bos, fingerprint) = match vocab.model.as_str() {
+        "gpt2" => {
+            let pre = PreTokenizer::named(vocab.pre.as_deref())?;
+            let merges = listed_merges(vocab)?;
+            let fingerprint = fingerprint(&merges);
+            (byte_level_bpe(pre, ids, merges)?, pre.add_bos, fingerprint)
+        }
+        "llama" => {
+            let merges = merges_by_score(vocab, &ids)?;
+            let fingerprint = fingerprint(&merges);
+            (sentence_piece_bpe(vocab, &kinds, ids, merges)?, true, fingerprint)
+        }
         model => return Err(Error::UnknownModel { model: model.into(), known: "gpt2, llama".into() }),
     };
 
-    let text = |id: u32| vocab.tokens[id as usize].clone();
-    let used: BTreeSet<u32> =
-        [vocab.bos, vocab.eos, vocab.unk, vocab.pad, vocab.eot, vocab.eom].into_iter().flatten().collect();
-    let mut added: Vec<AddedToken> = Vec::new();
-    for (id, &kind) in (0..).zip(&kinds) {
-        let special = matches!(kind, Kind::Control | Kind::Unknown) || used.contains(&id);
-        if (special || kind == Kind::UserDefined) && !text(id).is_empty() {
-            added.push(AddedToken::from(text(id), special).normalized(false));
-        }
-    }
-    // In runs of one kind: each call rebuilds the matcher of added tokens.
-    added.sort_by_key(|token| !token.special);
-    for run in added.chunk_by(|a, b| a.special == b.special) {
-        if run[0].special {
-            inner.add_special_tokens(run);
-        } else {
-            inner.add_tokens(run);
-        }
-    }
+    // Each call rebuilds the matcher of added tokens, so one for each kind.
+    let (special, plain): (Vec<AddedToken>, Vec<AddedToken>) =
+        added.into_iter().map(|(_, token)| token).partition(|token| token.special);
+    inner.add_special_tokens(&special);
+    inner.add_tokens(&plain);
 
+    let text = |id: u32| vocab.tokens[id as usize].clone();
     let around = |wanted: bool, id: Option<u32>| id.filter(|_| wanted).map(|id| (text(id), id));
     let bos = around(vocab.add_bos.unwrap_or(add_bos), vocab.bos);
     let eos = around(vocab.add_eos.unwrap_or(false), vocab.eos);
@@ -110,7 +116,7 @@ pub(super) fn build(vocab: &GgufVocab) -> Result<Tokenizer, Error> {
     let mut stop: Vec<u32> = [vocab.eos, vocab.eot, vocab.eom].into_iter().flatten().collect();
     stop.extend(end_of_turn(&inner));
     let specials = Specials::new(&inner, declared, &stop);
-    let tokenizer = Tokenizer::assemble(inner, specials, vocab.origin.clone());
+    let tokenizer = Tokenizer::assemble(inner, specials, vocab.origin.clone(), fingerprint.into());
     match &vocab.chat_template {
         Some(source) => tokenizer.with_chat_template(source),
         None => Ok(tokenizer),
@@ -149,7 +155,8 @@ impl GgufVocab {
         types.iter().enumerate().map(kind).collect()
     }
 
-    fn check_ids(&self) -> Result<(), Error> {
+    /// The ids that have a use, checked.
+    fn used(&self) -> Result<BTreeSet<u32>, Error> {
         let ids = [
             ("bos", self.bos),
             ("eos", self.eos),
@@ -158,66 +165,74 @@ impl GgufVocab {
             ("eot", self.eot),
             ("eom", self.eom),
         ];
+        let mut used = BTreeSet::new();
         for (name, id) in ids {
-            if let Some(id) = id.filter(|&id| id as usize >= self.tokens.len()) {
-                let count = self.tokens.len();
+            let Some(id) = id else { continue };
+            if self.tokens.get(id as usize).is_none_or(|token| token.is_empty()) {
                 return Err(Error::Vocabulary(format!(
-                    "tokenizer.ggml.{name}_token_id is {id}, but there are {count} tokens"
+                    "tokenizer.ggml.{name}_token_id is {id}, which is no token ({} there are)",
+                    self.tokens.len()
                 )));
             }
+            used.insert(id);
         }
-        Ok(())
+        Ok(used)
     }
 
     /// Token → id. Rows that only fill the embedding up ("[PAD151665]", empty) are no tokens.
-    fn ids(&self, kinds: &[Kind]) -> Vocab {
+    fn ids(&self, kinds: &[Kind], used: &BTreeSet<u32>) -> Vocab {
         let token = |(id, (text, kind)): (u32, (&String, &Kind))| {
-            let filler = *kind == Kind::Unused && *text == format!("[PAD{id}]");
+            let filler = *kind == Kind::Unused && *text == format!("[PAD{id}]") && !used.contains(&id);
             (!text.is_empty() && !filler).then(|| (text.clone(), id))
+        };
+        (0..).zip(self.tokens.iter().zip(kinds)).filter_map(token).collect()
+    }
+
+    /// The tokens that are read as a whole wherever they stand in a text.
+    fn added(&self, kinds: &[Kind], used: &BTreeSet<u32>) -> Vec<(u32, AddedToken)> {
+        let token = |(id, (text, kind)): (u32, (&String, &Kind))| {
+            let special = matches!(kind, Kind::Control | Kind::Unknown) || used.contains(&id);
+            let added = (special || *kind == Kind::UserDefined) && !text.is_empty();
+            added.then(|| (id, AddedToken::from(text.clone(), special).normalized(false)))
         };
         (0..).zip(self.tokens.iter().zip(kinds)).filter_map(token).collect()
     }
 }
 
-/// The tokenizer, and whether BOS is added where the file does not say.
-fn byte_level_bpe(vocab: &GgufVocab, kinds: &[Kind]) -> Result<(tokenizers::Tokenizer, bool), Error> {
-    let pre = PreTokenizer::named(vocab.pre.as_deref())?;
+fn listed_merges(vocab: &GgufVocab) -> Result<Merges, Error> {
     let merges = vocab.merges.as_ref().ok_or_else(|| {
         Error::Vocabulary("model gpt2 needs tokenizer.ggml.merges, which is missing".into())
     })?;
-    let merges: Merges = merges
-        .iter()
-        .enumerate()
-        .map(|(rank, merge)| {
-            let pair = merge.split_once(' ').filter(|(left, right)| !left.is_empty() && !right.is_empty());
-            pair.map(|(left, right)| (left.to_string(), right.to_string())).ok_or_else(|| {
-                Error::Vocabulary(format!(
-                    "tokenizer.ggml.merges[{rank}] is {merge:?}, not two tokens with a space"
-                ))
-            })
+    let pair = |(rank, merge): (usize, &String)| {
+        let pair = merge.split_once(' ').filter(|(left, right)| !left.is_empty() && !right.is_empty());
+        pair.map(|(left, right)| (left.to_string(), right.to_string())).ok_or_else(|| {
+            Error::Vocabulary(format!(
+                "tokenizer.ggml.merges[{rank}] is {merge:?}, not two tokens with a space between"
+            ))
         })
-        .collect::<Result<_, _>>()?;
-    let model = BPE::builder()
-        .vocab_and_merges(vocab.ids(kinds), merges)
-        .ignore_merges(pre.ignore_merges)
-        .build()
-        .map_err(|error| {
-            Error::Vocabulary(format!("tokenizer.ggml.merges does not fit the tokens: {error}"))
-        })?;
+    };
+    merges.iter().enumerate().map(pair).collect()
+}
+
+fn byte_level_bpe(pre: &PreTokenizer, ids: Vocab, merges: Merges) -> Result<tokenizers::Tokenizer, Error> {
+    let model =
+        BPE::builder().vocab_and_merges(ids, merges).ignore_merges(pre.ignore_merges).build().map_err(
+            |error| Error::Vocabulary(format!("tokenizer.ggml.merges does not fit the tokens: {error}")),
+        )?;
     let mut inner = tokenizers::Tokenizer::new(model);
     inner
         .with_normalizer(pre.normalizer())
         .with_pre_tokenizer(Some(pre.splitter()?))
         .with_decoder(Some(ByteLevel::default()));
-    Ok((inner, pre.add_bos))
+    Ok(inner)
 }
 
-fn sentence_piece_bpe(vocab: &GgufVocab, kinds: &[Kind]) -> Result<tokenizers::Tokenizer, Error> {
-    let scores = vocab.scores.as_ref().ok_or_else(|| {
-        Error::Vocabulary("model llama needs tokenizer.ggml.scores, which is missing".into())
-    })?;
-    let ids = vocab.ids(kinds);
-    let merges = merges_by_score(vocab, &ids, scores);
+fn sentence_piece_bpe(
+    vocab: &GgufVocab,
+    kinds: &[Kind],
+    ids: Vocab,
+    merges: Merges,
+) -> Result<tokenizers::Tokenizer, Error> {
     let mut model = BPE::builder().vocab_and_merges(ids, merges).byte_fallback(true).fuse_unk(true);
     let unknown = kinds.iter().position(|&kind| kind == Kind::Unknown);
     if let Some(unknown) = vocab.unk.map(|id| id as usize).or(unknown) {
@@ -245,26 +260,30 @@ fn sentence_piece_bpe(vocab: &GgufVocab, kinds: &[Kind]) -> Result<tokenizers::T
 /// SentencePiece joins the neighbours whose union scores highest. As ranked merges: every way to cut a token into two
 /// tokens, by the token's score, then by the lengths of the parts in descending order (the order in which
 /// transformers writes them).
-fn merges_by_score(vocab: &GgufVocab, ids: &Vocab, scores: &[f32]) -> Merges {
+fn merges_by_score(vocab: &GgufVocab, ids: &Vocab) -> Result<Merges, Error> {
     struct Cut<'a> {
         score: f32,
         lengths: (usize, usize),
+        ids: (u32, u32),
         parts: (&'a str, &'a str),
     }
+    let scores = vocab.scores.as_ref().ok_or_else(|| {
+        Error::Vocabulary("model llama needs tokenizer.ggml.scores, which is missing".into())
+    })?;
     let mut cuts: Vec<Cut> = Vec::new();
     for (token, &score) in vocab.tokens.iter().zip(scores) {
         let first = cuts.len();
-        let mut left_chars = 0;
         let chars = token.chars().count();
-        for (at, _) in token.char_indices().skip(1) {
-            left_chars += 1;
+        for (left, (at, _)) in token.char_indices().enumerate().skip(1) {
             let parts = token.split_at(at);
-            if ids.contains_key(parts.0) && ids.contains_key(parts.1) {
-                cuts.push(Cut { score, lengths: (left_chars, chars - left_chars), parts });
+            if let Some(&right_id) = ids.get(parts.1)
+                && let Some(&left_id) = ids.get(parts.0)
+            {
+                cuts.push(Cut { score, lengths: (left, chars - left), ids: (left_id, right_id), parts });
             }
         }
-        cuts[first..].sort_by_key(|cut| (ids[cut.parts.0], ids[cut.parts.1]));
+        cuts[first..].sort_by_key(|cut| cut.ids);
     }
     cuts.sort_by(|a, b| b.score.total_cmp(&a.score).then(b.lengths.cmp(&a.lengths)));
-    cuts.into_iter().map(|cut| (cut.parts.0.to_string(), cut.parts.1.to_string())).collect()
+    Ok(cuts.into_iter().map(|cut| (cut.parts.0.to_string(), cut.parts.1.to_string())).collect())
 }

@@ -6,6 +6,7 @@
 
 mod detokenizer;
 mod error;
+mod fingerprint;
 mod folder;
 mod gguf;
 mod pre_tokenizer;
@@ -14,8 +15,6 @@ mod template;
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
-
-use sha2::{Digest, Sha256};
 
 pub use detokenizer::Detokenizer;
 pub use error::Error;
@@ -69,9 +68,14 @@ impl Tokenizer {
         gguf::build(vocab)
     }
 
-    fn assemble(inner: tokenizers::Tokenizer, specials: Specials, origin: String) -> Self {
+    fn assemble(
+        inner: tokenizers::Tokenizer,
+        specials: Specials,
+        origin: String,
+        fingerprint: OnceLock<[u8; 32]>,
+    ) -> Self {
         let spelling = Spelling::of(&inner);
-        let shared = Shared { inner, specials, spelling, origin, fingerprint: OnceLock::new() };
+        let shared = Shared { inner, specials, spelling, origin, fingerprint };
         Self { shared: Arc::new(shared), template: None }
     }
 
@@ -124,40 +128,10 @@ impl Tokenizer {
         &self.shared.specials.declared
     }
 
-    /// SHA-256 over vocabulary, merges and special tokens: equal for equal tokenizers, whichever file they came from.
-    /// Computed at the first call.
+    /// SHA-256 over vocabulary, merges and added tokens: equal for equal tokenizers, whichever kind of file they came
+    /// from. Tokenizers read from JSON compute it at the first call.
     pub fn fingerprint(&self) -> [u8; 32] {
-        *self.shared.fingerprint.get_or_init(|| {
-            let mut hash = Sha256::new();
-            let mut field = |bytes: &[u8]| {
-                hash.update((bytes.len() as u64).to_le_bytes());
-                hash.update(bytes);
-            };
-            let mut vocab: Vec<(String, u32)> = self.shared.inner.get_vocab(true).into_iter().collect();
-            vocab.sort_unstable_by(|a, b| (a.1, &a.0).cmp(&(b.1, &b.0)));
-            for (token, id) in &vocab {
-                field(&id.to_le_bytes());
-                field(token.as_bytes());
-            }
-            field(b"merges");
-            // The crate gives its merges only away in serialised form, by rank.
-            let model = serde_json::to_value(self.shared.inner.get_model()).unwrap_or_default();
-            for side in
-                model["merges"].as_array().into_iter().flatten().filter_map(|pair| pair.as_array()).flatten()
-            {
-                field(side.as_str().unwrap_or_default().as_bytes());
-            }
-            // Which tokens are read as a whole; whether decoding hides them is no part of what ids mean, and the same
-            // tokenizer's files differ in it.
-            field(b"special");
-            let mut added: Vec<u32> =
-                self.shared.inner.get_added_vocabulary().get_vocab().values().copied().collect();
-            added.sort_unstable();
-            for id in added {
-                field(&id.to_le_bytes());
-            }
-            hash.finalize().into()
-        })
+        *self.shared.fingerprint.get_or_init(|| fingerprint::of(&self.shared.inner))
     }
 
     pub fn chat_template(&self) -> Option<&ChatTemplate> {

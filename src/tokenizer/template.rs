@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::sync::LazyLock;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::value::{Kwargs, Tuple, Value, ValueKind};
 use minijinja::{Environment, ErrorKind};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
@@ -325,8 +325,18 @@ fn write_json_string(out: &mut String, text: &str) {
     out.push('"');
 }
 
+/// A number as Python prints it: floats in scientific notation below 1e-4 and from 1e16 on.
 fn write_number(out: &mut String, value: &Value) {
-    let _ = write!(out, "{value}");
+    let float = if value.is_integer() { None } else { f64::try_from(value.clone()).ok() };
+    let scientific = float.filter(|float| float.is_finite()).map(|float| format!("{float:e}"));
+    let parts = scientific.as_deref().and_then(|text| text.split_once('e'));
+    let _ = match parts.and_then(|(digits, exponent)| Some((digits, exponent.parse::<i32>().ok()?))) {
+        Some((digits, exponent)) if !(-4..16).contains(&exponent) => {
+            let sign = if exponent < 0 { '-' } else { '+' };
+            write!(out, "{digits}e{sign}{:02}", exponent.abs())
+        }
+        _ => write!(out, "{value}"),
+    };
 }
 
 /// `str(value)`, or `repr(value)` where `quoted`, of Python, for the types that JSON has.
@@ -353,12 +363,14 @@ fn write_python(out: &mut String, value: &Value, quoted: bool) -> Result<(), min
         }
         ValueKind::String => out.push_str(value.as_str().unwrap_or_default()),
         ValueKind::Seq => {
-            out.push('[');
+            let (open, close) =
+                if value.downcast_object_ref::<Tuple>().is_some() { ('(', ')') } else { ('[', ']') };
+            out.push(open);
             for (index, item) in value.try_iter()?.enumerate() {
                 out.push_str(if index > 0 { ", " } else { "" });
                 write_python(out, &item, true)?;
             }
-            out.push(']');
+            out.push(close);
         }
         ValueKind::Map => {
             out.push('{');
