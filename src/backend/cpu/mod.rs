@@ -12,7 +12,7 @@ mod simd;
 mod team;
 
 pub use executor::{Event, Schedule};
-pub use memory::{Element, Memory};
+pub use memory::{Element, Memory, map_file};
 pub use simd::Simd;
 
 use super::{Backend, DType, Error, Event as AnyEvent, Shape, Storage, Tensor};
