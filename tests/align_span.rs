@@ -129,7 +129,7 @@ fn span_columns_are_total_in_range_and_monotone() {
                     let (start, end) = here.offsets[token];
                     let reads = |&&(from, to): &&(usize, usize)| from < to && from < end;
                     let last = there.offsets.iter().rposition(|offset| reads(&offset));
-                    let piece = here.offsets.get(token + 1).is_some_and(|next| next.1 <= end);
+                    let piece = here.offsets.get(token + 1).is_some_and(|next| next.0 < end);
                     if let Some(last) = last.filter(|_| start < end && !piece) {
                         // The last token that has begun to read what the receiver's token ends with.
                         assert_eq!(column, last, "{what}: token {token}");

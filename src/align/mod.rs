@@ -189,7 +189,7 @@ impl Aligner {
                 remarks.push(Remark::NothingToShare { sharer: s });
             }
             let cover = span::Cover::new(&reading.offsets);
-            let ends = span::ends(&receiver.offsets);
+            let places = span::in_text_order(&receiver.offsets);
             let mut ids = Vec::new();
             let mut columns: Vec<Option<u32>> = Vec::new();
             for segment in &mut segments {
@@ -213,9 +213,10 @@ impl Aligner {
                         let here = receiver.content(message);
                         let there = reading.content(message);
                         // Tokens on the edges also cover template text; what counts is their part of the message.
-                        let place = |&end: &usize| there.start + end.clamp(here.start, here.end) - here.start;
-                        let places: Vec<usize> = ends[tokens].iter().map(place).collect();
-                        columns.extend(cover.columns(&places));
+                        let place = |at: usize| there.start + at.clamp(here.start, here.end) - here.start;
+                        let own: Vec<_> =
+                            places[tokens].iter().map(|&(from, to)| (place(from), place(to))).collect();
+                        columns.extend(cover.columns(&own));
                     }
                     _ => {
                         ids.extend_from_slice(own);

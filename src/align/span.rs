@@ -20,39 +20,31 @@ pub struct Cover {
 impl Cover {
     /// From the offsets of all tokens of a text, specials that cover nothing included.
     pub fn new(offsets: &[Offset]) -> Cover {
-        let mut reached = (0, 0);
-        let tokens = offsets
-            .iter()
-            .zip(0u32..)
-            .filter(|((start, end), _)| start < end)
-            .map(|(&(start, end), column)| {
-                // Neither end ever goes back, even if a normaliser reordered what it read.
-                reached = (start.max(reached.0), end.max(reached.1));
-                (reached, column)
-            })
-            .collect();
+        let tokens =
+            in_text_order(offsets).into_iter().zip(0..).filter(|((start, end), _)| start < end).collect();
         Cover { tokens, columns: offsets.len() }
     }
 
-    /// The columns for tokens that end at `ends`, which never go back: for each the last token that covers the byte
-    /// before the end, or where none does, the last token before it. `None` only if there are no tokens at all.
+    /// The columns for tokens that lie at `places`, which never go back: for each the last token that covers the byte
+    /// before its end, or where none does, the last token before it. `None` only if there are no tokens at all.
     ///
-    /// Pieces of one character have equal ends. They are paired from the last one backwards, as far as this text has
-    /// pieces of that character too: byte with byte, where both sides fall back to bytes.
-    pub fn columns(&self, ends: &[usize]) -> Vec<Option<u32>> {
-        let mut columns = vec![None; ends.len()];
-        let mut pieces_behind = 0;
-        for (i, &end) in ends.iter().enumerate().rev() {
-            pieces_behind = if ends.get(i + 1) == Some(&end) { pieces_behind + 1 } else { 0 };
-            let covering = &self.tokens[..self.tokens.partition_point(|((start, _), _)| *start < end)];
-            let pieces =
-                covering.iter().rev().take_while(|((_, stop), _)| *stop >= end).take(pieces_behind + 1);
-            columns[i] = match pieces.last().or(covering.last()) {
+    /// Pieces of one character overlap. They are paired from the character's last piece backwards, as far as this
+    /// text has pieces of that character too: byte with byte, where both sides fall back to bytes.
+    pub fn columns(&self, places: &[Offset]) -> Vec<Option<u32>> {
+        let mut reached = None;
+        let column = |(i, &(_, end)): (usize, &Offset)| {
+            let later_pieces = places[i + 1..].iter().take_while(|(start, _)| *start < end).count();
+            let begun = &self.tokens[..self.tokens.partition_point(|((start, _), _)| *start < end)];
+            let pieces = begun.iter().rev().take_while(|((_, stop), _)| *stop >= end).take(later_pieces + 1);
+            let column = match pieces.last().or(begun.last()) {
                 Some(&(_, column)) => Some(column),
                 None => (self.columns > 0).then_some(0),
             };
-        }
-        columns
+            // Where a normaliser composed characters here, pieces of one may lie across several there.
+            reached = column.max(reached);
+            reached
+        };
+        places.iter().enumerate().map(column).collect()
     }
 }
 
@@ -62,19 +54,19 @@ impl Cover {
 /// tokenisations are aligned token by token. A receiver token that covers no text (a special that was added, a dummy
 /// space) takes the column of the text read so far; at the very start that is column 0.
 pub fn span_columns(receiver: &[Offset], sharer: &[Offset]) -> Vec<Option<u32>> {
-    Cover::new(sharer).columns(&ends(receiver))
+    Cover::new(sharer).columns(&in_text_order(receiver))
 }
 
-/// Where each token's reading has come to: its end, never going back.
-pub(super) fn ends(offsets: &[Offset]) -> Vec<usize> {
-    let mut reached = 0;
-    offsets
-        .iter()
-        .map(|&(_, end)| {
-            reached = end.max(reached);
-            reached
-        })
-        .collect()
+/// Offsets that never go back, even if a normaliser reordered what it read: a token that covers nothing lies where the
+/// text has been read to.
+pub(super) fn in_text_order(offsets: &[Offset]) -> Vec<Offset> {
+    let mut reached = (0, 0);
+    let place = |&(start, end): &Offset| {
+        let start = if start < end { start } else { reached.1 };
+        reached = (start.max(reached.0), end.max(reached.1));
+        reached
+    };
+    offsets.iter().map(place).collect()
 }
 
 #[cfg(test)]
@@ -107,6 +99,11 @@ mod tests {
         assert_eq!(columns(&here, &here), [0, 1, 2, 3, 4]);
         // A whole character needs its last byte; so does a token that ends within it.
         assert_eq!(columns(&[(0, 5), (5, 6)], &here), [3, 4]);
+        // The last piece is cut together with what follows.
+        let mixed = [(0, 4), (0, 4), (0, 6), (4, 6)];
+        assert_eq!(columns(&mixed, &mixed), [0, 1, 2, 3]);
+        // e and a combining accent in two pieces, there composed and cut otherwise: never back.
+        assert_eq!(columns(&[(0, 1), (1, 3), (1, 3)], &[(0, 3), (0, 3)]), [1, 1, 1]);
         // Where pieces carry their own bytes, those count.
         assert_eq!(columns(&[(0, 2), (2, 4)], &[(0, 1), (1, 2), (2, 3), (3, 4)]), [1, 3]);
     }
