@@ -6,6 +6,8 @@
 mod config;
 mod config_gguf;
 mod config_hf;
+#[cfg(test)]
+mod config_tests;
 pub mod gguf;
 mod names;
 mod safetensors;

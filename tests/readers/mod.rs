@@ -108,6 +108,14 @@ impl GgufFile {
         self.data.resize(self.data.len().next_multiple_of(32), 0);
     }
 
+    pub fn tensor_f32(&mut self, name: &str, values: &[f32]) {
+        let start = self.data.len();
+        self.tensor(name, &[values.len() as u64], F32);
+        for (bytes, value) in self.data[start..].chunks_exact_mut(4).zip(values) {
+            bytes.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+
     pub fn find(&mut self, name: &str) -> &mut GgufTensor {
         self.tensors.iter_mut().find(|tensor| tensor.name == name.as_bytes()).unwrap()
     }
