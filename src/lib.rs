@@ -24,6 +24,8 @@ pub mod pipeline;
 
 pub mod engine;
 
+pub mod rng;
+
 pub mod ops;
 
 pub mod backend;

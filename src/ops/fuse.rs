@@ -47,7 +47,7 @@ impl Projector {
     }
 
     /// Widest intermediate row.
-    fn inner(&self) -> usize {
+    pub(crate) fn inner(&self) -> usize {
         let ffns = self.blocks.iter().chain([&self.mlp1]).chain(self.scalar.iter().map(|(ffn, _)| ffn));
         let ffns = ffns.chain(self.source_stage.iter().map(|stage| &stage.ffn));
         ffns.map(|ffn| ffn.w1.rows()).max().unwrap_or(0)
@@ -61,7 +61,7 @@ pub struct FuseParams {
     /// Factors of the projections of keys and values: at inference 0 (closed: nothing is computed) or 1.
     pub key_gate: f32,
     pub value_gate: f32,
-    /// Whether the projector also reads the receiver's columns, and whether `base` is added (C2C: yes).
+    /// Whether the projector also reads the receiver's columns, and adds to them instead of replacing them (C2C: yes).
     pub use_target: bool,
 }
 
@@ -85,8 +85,8 @@ pub struct FuseOperands {
     pub scratch: Tensor,
 }
 
-/// Elements of scratch that `fuse` needs: input row, three hidden rows, one inner row, one projected row and the
-/// weights of a token.
+/// Elements of scratch that [`fuse`] needs: per token its input row, three hidden rows, one inner row, the projected row
+/// and the weights of the heads.
 pub fn fuse_scratch_len(
     p: &Projector,
     tokens: usize,
@@ -95,17 +95,15 @@ pub fn fuse_scratch_len(
     kv_heads: usize,
 ) -> usize {
     let stage = p.source_stage.as_ref().map_or(0, |stage| stage.input.rows());
-    tokens
-        * (2 * source_width
-            + 2 * target_width
-            + 3 * p.hidden().max(stage)
-            + p.inner()
-            + target_width
-            + kv_heads)
+    let input = p.input.cols().max(source_width);
+    tokens * (input + 3 * p.hidden().max(stage) + p.inner() + target_width + kv_heads)
 }
 
-/// Fuses `tokens` columns of one layer. With a closed gate the columns of `base` are copied to `out` where they are not
-/// already the same slots.
+/// Fuses `tokens` columns of one layer: `out = base + gate · w · p`.
+///
+/// Without `use_target` the projection takes the target's place: `out = base − gate · target + gate · w · p`, which is
+/// `p` alone where `base` is the target. With a closed gate nothing is computed: `base` is copied to `out` where they
+/// are not already the same slots. `out` may be `base` and `target`.
 pub fn fuse(queue: &Queue, p: FuseParams, operands: &FuseOperands) -> Result<(), ShapeError> {
     const OP: &str = "fuse";
     let o = operands;
@@ -180,6 +178,12 @@ fn ffn(operand: &'static str, block: &Ffn, hidden: usize) -> Result<(), ShapeErr
 }
 
 fn weight(operand: &'static str, weight: &Weight, rows: usize, cols: usize) -> Result<(), ShapeError> {
+    for part in &weight.parts {
+        check("fuse", operand, &part.matrix, &DType::ALL, &[part.matrix.rows(), cols])?;
+        if let Some(bias) = &part.bias {
+            check("fuse", operand, bias, super::FLOATS, &[part.matrix.rows()])?;
+        }
+    }
     if weight.rows() == rows && weight.cols() == cols {
         return Ok(());
     }

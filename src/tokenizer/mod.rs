@@ -147,8 +147,12 @@ impl Tokenizer {
             {
                 field(side.as_str().unwrap_or_default().as_bytes());
             }
+            // Which tokens are read as a whole; whether decoding hides them is no part of what ids mean, and the same
+            // tokenizer's files differ in it.
             field(b"special");
-            for id in &self.shared.specials.marked {
+            let mut added: Vec<u32> = self.shared.inner.get_added_vocabulary().get_vocab().values().copied().collect();
+            added.sort_unstable();
+            for id in added {
                 field(&id.to_le_bytes());
             }
             hash.finalize().into()

@@ -1,8 +1,318 @@
-//! The fuser.
+//! The fuser of one layer: columns are gathered from their pages, go through a handful of matmuls, and the gated sum
+//! is written into pages.
 
-use super::{Simd, team::Team};
-use crate::ops::{FuseOperands, FuseParams};
+use super::{
+    Simd,
+    linear::matmul,
+    pointwise::{activate, exp, sum_of_squares, vector},
+    rope::{PageWriter, page_offset, read_page},
+    team::Team,
+};
+use crate::{
+    backend::{Precision, Tensor},
+    ops::{Activation, Ffn, FuseOperands, FuseParams, KvPages, Projector, Weight},
+};
 
-pub(super) fn fuse(_team: &mut Team, _simd: Simd, _p: FuseParams, _o: &FuseOperands) {
-    todo!()
+/// Of the fuser's RMSNorm, whatever the models use.
+const NORM_EPS: f32 = 1e-6;
+
+pub(super) fn fuse(team: &mut Team, simd: Simd, p: FuseParams, o: &FuseOperands) {
+    let mut rows = Rows { team, simd, precision: p.precision, tokens: p.tokens as usize };
+    for (half, projector, gate) in
+        [(Half::Keys, &o.keys, p.key_gate), (Half::Values, &o.values, p.value_gate)]
+    {
+        let columns = |pages, slots| Columns::new(half, pages, slots);
+        let base = columns(&o.base, &o.base_slots);
+        let out = columns(&o.out, &o.out_slots);
+        if gate == 0.0 {
+            copy(base, out);
+            continue;
+        }
+        let source = columns(&o.source, &o.source_slots);
+        let target = columns(&o.target, &o.target_slots);
+        let scratch = o.scratch.host_mut::<f32>();
+        // Without a target in the projector, the projection replaces it.
+        let (input, replaced) = if p.use_target { (Some(target), None) } else { (None, Some(target)) };
+        let (fused, weights) = rows.project(projector, source, input, out.width(), scratch);
+        rows.add_base(fused, weights, gate, base, replaced);
+        rows.store(fused, out);
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Half {
+    Keys,
+    Values,
+}
+
+/// The keys or the values of one layer, one column per fused token.
+#[derive(Clone, Copy)]
+struct Columns<'a> {
+    pages: &'a KvPages,
+    tensor: &'a Tensor,
+    slots: &'a [u32],
+}
+
+impl<'a> Columns<'a> {
+    fn new(half: Half, pages: &'a KvPages, slots: &'a Tensor) -> Columns<'a> {
+        let tensor = match half {
+            Half::Keys => &pages.keys,
+            Half::Values => &pages.values,
+        };
+        Columns { pages, tensor, slots: slots.host::<u32>() }
+    }
+
+    fn width(self) -> usize {
+        self.pages.width()
+    }
+
+    fn offset(self, token: usize, head: usize) -> usize {
+        page_offset(self.pages, self.slots[token] as usize, head)
+    }
+
+    /// The column of `token`, heads one after the other.
+    fn read(self, token: usize, column: &mut [f32]) {
+        for (head, part) in column.chunks_exact_mut(self.pages.head_dim()).enumerate() {
+            read_page(self.tensor, self.offset(token, head), part);
+        }
+    }
+
+    /// Tokens from `token` on that lie one after the other in one block.
+    fn run(self, token: usize) -> usize {
+        let first = self.slots[token];
+        let left = self.pages.block_size() - first as usize % self.pages.block_size();
+        let next = self.slots[token..].iter().zip(first..);
+        next.take(left).take_while(|&(&slot, expected)| slot == expected).count()
+    }
+}
+
+/// A closed gate: `out = base`, which costs nothing where both are the same memory.
+fn copy(base: Columns, out: Columns) {
+    let (from, to) = (base.tensor, out.tensor);
+    let same = from.byte_offset() == to.byte_offset() && from.shares_memory(to);
+    let size = from.dtype().block_bytes();
+    let row = base.pages.head_dim() * size;
+    let mut token = 0;
+    while token < base.slots.len() {
+        let run = base.run(token).min(out.run(token));
+        if !(same && base.slots[token] == out.slots[token]) {
+            for head in 0..base.pages.kv_heads() {
+                let read = base.offset(token, head) * size;
+                let write = out.offset(token, head) * size;
+                if same {
+                    to.host_bytes_mut().copy_within(read..read + run * row, write);
+                } else {
+                    let bytes = &from.host_bytes()[read..read + run * row];
+                    to.host_bytes_mut()[write..write + run * row].copy_from_slice(bytes);
+                }
+            }
+        }
+        token += run;
+    }
+}
+
+/// The next `len` elements of `scratch`.
+fn carve<'a>(scratch: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
+    let (part, rest) = std::mem::take(scratch).split_at_mut(len);
+    *scratch = rest;
+    part
+}
+
+/// Row-wise work: one row per fused token.
+struct Rows<'t> {
+    team: &'t mut Team,
+    simd: Simd,
+    precision: Precision,
+    tokens: usize,
+}
+
+impl Rows<'_> {
+    /// `p` (`[tokens, target width]`) and, where there is one, the weight per head before its sigmoid.
+    fn project<'s>(
+        &mut self,
+        p: &Projector,
+        source: Columns,
+        target: Option<Columns>,
+        target_width: usize,
+        mut scratch: &'s mut [f32],
+    ) -> (&'s mut [f32], Option<&'s [f32]>) {
+        let tokens = self.tokens;
+        let staged_width = if p.source_stage.is_some() { target_width } else { source.width() };
+        let joined_width = staged_width + target.map_or(0, Columns::width);
+        let input = carve(&mut scratch, tokens * joined_width.max(source.width()));
+        let hidden = p.source_stage.as_ref().map_or(0, |stage| stage.input.rows()).max(p.hidden());
+        let z = carve(&mut scratch, tokens * hidden);
+        let normed = carve(&mut scratch, tokens * hidden);
+        let branch = carve(&mut scratch, tokens * hidden);
+        let inner = carve(&mut scratch, tokens * p.inner());
+        let projected = carve(&mut scratch, tokens * target_width);
+
+        if let Some(stage) = &p.source_stage {
+            self.gather(source, None, input);
+            self.matmul(&stage.input, false, input, z);
+            self.ffn(&stage.ffn, z, normed, inner);
+            self.matmul(&stage.output, false, z, projected);
+            self.join(projected, target_width, target, input);
+        } else {
+            self.gather(source, target, input);
+        }
+        self.matmul(&p.input, false, input, z);
+        self.ffn(&p.mlp1, z, normed, inner);
+        let weights = p.scalar.as_ref().map(|(ffn, head)| {
+            let weights = carve(&mut scratch, tokens * head.rows());
+            let z = &z[..tokens * p.hidden()];
+            branch[..z.len()].copy_from_slice(z);
+            self.ffn(ffn, branch, normed, inner);
+            self.matmul(head, false, branch, weights);
+            &*weights
+        });
+        for ffn in &p.blocks {
+            self.ffn(ffn, z, normed, inner);
+        }
+        self.matmul(&p.output, false, z, projected);
+        (projected, weights)
+    }
+
+    /// `fused = base + gate · σ(weights) · fused`, less `gate` times the replaced columns.
+    fn add_base(
+        &mut self,
+        fused: &mut [f32],
+        weights: Option<&[f32]>,
+        gate: f32,
+        base: Columns,
+        replaced: Option<Columns>,
+    ) {
+        let (width, dim) = (base.width(), base.pages.head_dim());
+        self.chunks(fused, width, |first, rows| {
+            let mut column = vec![0.0; width];
+            let mut minus = vec![0.0; width];
+            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                let token = first + i;
+                base.read(token, &mut column);
+                if let Some(replaced) = replaced {
+                    replaced.read(token, &mut minus);
+                    column.iter_mut().zip(&minus).for_each(|(c, m)| *c -= gate * m);
+                }
+                for (head, (row, base)) in row.chunks_exact_mut(dim).zip(column.chunks_exact(dim)).enumerate()
+                {
+                    let weight = weights.map_or(1.0, |w| sigmoid(w[token * (width / dim) + head]));
+                    let factor = gate * weight;
+                    row.iter_mut().zip(base).for_each(|(y, b)| *y = b + factor * *y);
+                }
+            }
+        });
+    }
+
+    fn store(&mut self, rows: &[f32], out: Columns) {
+        let (width, dim) = (out.width(), out.pages.head_dim());
+        let writer = PageWriter::new(out.tensor);
+        let per_task = rows_per_task(width);
+        let tokens = self.tokens;
+        self.team.run(tokens.div_ceil(per_task), &|task| {
+            for token in task * per_task..((task + 1) * per_task).min(tokens) {
+                let row = &rows[token * width..(token + 1) * width];
+                for (head, part) in row.chunks_exact(dim).enumerate() {
+                    writer.write(out.offset(token, head), part);
+                }
+            }
+        });
+    }
+
+    /// `[source; target]` of each token.
+    fn gather(&mut self, source: Columns, target: Option<Columns>, input: &mut [f32]) {
+        let width = source.width() + target.map_or(0, Columns::width);
+        self.chunks(input, width, |first, rows| {
+            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                let (s, t) = row.split_at_mut(source.width());
+                source.read(first + i, s);
+                if let Some(target) = target {
+                    target.read(first + i, t);
+                }
+            }
+        });
+    }
+
+    /// `[staged; target]` of each token.
+    fn join(&mut self, staged: &[f32], staged_width: usize, target: Option<Columns>, input: &mut [f32]) {
+        let width = staged_width + target.map_or(0, Columns::width);
+        self.chunks(input, width, |first, rows| {
+            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
+                let token = first + i;
+                let (s, t) = row.split_at_mut(staged_width);
+                s.copy_from_slice(&staged[token * staged_width..][..staged_width]);
+                if let Some(target) = target {
+                    target.read(token, t);
+                }
+            }
+        });
+    }
+
+    /// `x += W2 · gelu(W1 · rms_norm(x))`
+    fn ffn(&mut self, ffn: &Ffn, x: &mut [f32], normed: &mut [f32], inner: &mut [f32]) {
+        let (cols, wide) = (ffn.w1.cols(), ffn.w1.rows());
+        let weight = vector(&ffn.norm);
+        let x = &mut x[..self.tokens * cols];
+        let (simd, input) = (self.simd, &*x);
+        self.chunks(normed, cols, |first, rows| {
+            for (i, y) in rows.chunks_exact_mut(cols).enumerate() {
+                let x = &input[(first + i) * cols..][..cols];
+                let scale = 1.0 / (sum_of_squares(x) / cols as f32 + NORM_EPS).sqrt();
+                y.iter_mut().zip(x).zip(&weight).for_each(|((y, &x), &w)| *y = x * scale * w);
+            }
+        });
+        self.matmul(&ffn.w1, false, normed, inner);
+        self.chunks(inner, wide, |_, rows| gelu(simd, rows));
+        self.matmul(&ffn.w2, true, inner, x);
+    }
+
+    fn matmul(&mut self, weight: &Weight, accumulate: bool, x: &[f32], y: &mut [f32]) {
+        let x = &x[..self.tokens * weight.cols()];
+        let y = &mut y[..self.tokens * weight.rows()];
+        matmul(self.team, self.simd, self.precision, accumulate, self.tokens, x, weight, y);
+    }
+
+    /// Runs `job(first token, rows)` on parts of `data`, rows of `width`.
+    fn chunks(&mut self, data: &mut [f32], width: usize, job: impl Fn(usize, &mut [f32]) + Sync) {
+        let per_task = rows_per_task(width);
+        let data = &mut data[..self.tokens * width];
+        self.team.chunks_mut(data, per_task * width, |task, rows| job(task * per_task, rows));
+    }
+}
+
+/// Rows such that a task is worth handing out.
+fn rows_per_task(width: usize) -> usize {
+    (8192 / width.max(1)).max(1)
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// In place. The same numbers at every level: wider registers, no contraction.
+fn gelu(simd: Simd, x: &mut [f32]) {
+    #[inline(always)]
+    fn portable(x: &mut [f32]) {
+        x.iter_mut().for_each(|x| *x = activate(Activation::GeluErf, *x));
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn avx2(x: &mut [f32]) {
+        portable(x)
+    }
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+    fn avx512(x: &mut [f32]) {
+        portable(x)
+    }
+    match simd {
+        Simd::Portable => portable(x),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Simd` is at most what the processor was found to have.
+        Simd::Avx2 => unsafe { avx2(x) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Simd::Avx512 => unsafe { avx512(x) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => portable(x),
+    }
 }
