@@ -48,7 +48,7 @@ pub enum Error {
     MissingTensor { path: PathBuf, name: String },
     #[error("{}: tensor `{name}` has shape {found:?}, the configuration calls for {expected:?}", path.display())]
     TensorShape { path: PathBuf, name: String, found: Vec<usize>, expected: Vec<usize> },
-    #[error("{}: tensor `{name}` is stored as {found}, which this tensor cannot be", path.display())]
+    #[error("{}: tensor `{name}` is stored as {found}; norms and biases are F32, F16 or BF16, matrices that or a GGUF block format", path.display())]
     TensorType { path: PathBuf, name: String, found: String },
     #[error(transparent)]
     Backend(#[from] backend::Error),
