@@ -3,7 +3,7 @@
 mod readers;
 
 use c2c::{
-    backend::{self, DeviceChoice},
+    backend::{self, DeviceChoice, Queue},
     model::{self, Error, Gguf, Loaded, gguf},
 };
 use readers::*;
@@ -44,6 +44,20 @@ fn the_sound_file_loads() {
         assert_eq!((config.vocab, config.head_dim, config.kv_heads), (6, 16, 1));
         assert!(config.tied && config.interleaved_rope);
         assert_eq!(config.eos, [2]);
+        // The tensors are where the file says.
+        let queue = Queue::new(&backend::open(DeviceChoice::Cpu, 1).unwrap());
+        let (layer, mut file) = (&loaded.weights.layers[0], file);
+        for (name, tensor) in [
+            ("token_embd.weight", &loaded.weights.embed),
+            ("output_norm.weight", &loaded.weights.final_norm),
+            ("blk.0.attn_v.weight", &layer.qkv.parts[2].matrix),
+            ("blk.0.ffn_gate.weight", &layer.gate_up.parts[0].matrix),
+            ("blk.0.ffn_down.weight", &layer.down.parts[0].matrix),
+        ] {
+            let at = file.find(name).offset as usize;
+            let bytes = queue.backend().download(queue.id(), tensor).unwrap();
+            assert!(bytes == file.data[at..at + bytes.len()], "{name} holds other bytes");
+        }
         let model::Source::Gguf(gguf) = &loaded.source else { panic!("came from a GGUF file") };
         let vocab = gguf.vocab().unwrap();
         assert_eq!((vocab.model.as_str(), vocab.tokens.len(), vocab.eos), ("gpt2", 6, Some(2)));

@@ -1,5 +1,7 @@
 //! Whole models: the tiny ones of the goldens, and real GGUF files where there are some.
 
+mod readers;
+
 use c2c::{
     backend::{self, Backend, DeviceChoice, Queue, Tensor},
     model::{self, Loaded, ModelConfig, Source},
@@ -97,7 +99,7 @@ fn golden_models_load() {
                 assert_eq!(described(c), ([6, 48, 4, 1, 24, 64, 352], true));
                 assert_eq!(c.windows, [32, 32, 0, 32, 32, 0]);
                 assert_eq!(c.local, [true, true, false, true, true, false]);
-                assert_eq!((c.norm_offset, c.attention_scale), (1.0, 24f32.sqrt().recip()));
+                assert_eq!((c.norm_offset, c.attention_scale), (1.0, 24f64.sqrt().recip() as f32));
             }
             _ => {}
         }
@@ -143,4 +145,38 @@ fn real_gguf_files_load() {
         assert_eq!(c.interleaved_rope, c.architecture == "llama");
         eprintln!("{}: {c:?}", path.display());
     }
+}
+
+#[test]
+fn one_model_in_two_formats_has_one_fingerprint() {
+    let folder = tempfile::tempdir().unwrap();
+    readers::write_sharded(folder.path());
+    // Llama 3's scaling as a GGUF converter writes it: a divisor per frequency.
+    let scaling = &readers::config_json()["rope_scaling"];
+    let number = |key: &str| scaling[key].as_f64().unwrap();
+    let (factor, low, high) = (number("factor"), number("low_freq_factor"), number("high_freq_factor"));
+    let context = number("original_max_position_embeddings");
+    let divisors = (0..8).map(|i| {
+        let wavelength = 2.0 * std::f64::consts::PI * 10_000f64.powf(f64::from(i) / 8.0);
+        let smooth = (context / wavelength - low) / (high - low);
+        match wavelength {
+            w if w < context / high => 1.0,
+            w if w > context / low => factor as f32,
+            _ => (1.0 / ((1.0 - smooth) / factor + smooth)) as f32,
+        }
+    });
+    let mut gguf = readers::GgufFile::llama();
+    gguf.tensor_f32("rope_freqs.weight", &divisors.collect::<Vec<_>>());
+    let path = folder.path().join("model.gguf");
+    fs::write(&path, gguf.bytes().0).unwrap();
+    let backend = backend::open(DeviceChoice::Cpu, 1).unwrap();
+    let (a, b) = (load(folder.path(), &backend), load(&path, &backend));
+    check_shapes(&a);
+    check_shapes(&b);
+    let (a, b) = (a.config, b.config);
+    for (a, b) in a.inverse_frequencies(false).0.iter().zip(b.inverse_frequencies(false).0) {
+        assert!((a - b).abs() <= 4e-7 * a, "frequency {a:e} in one format, {b:e} in the other");
+    }
+    assert_eq!(a.fingerprint(), b.fingerprint());
+    assert_ne!(a.interleaved_rope, b.interleaved_rope);
 }

@@ -7,6 +7,8 @@ mod batch;
 mod config;
 mod config_gguf;
 mod config_hf;
+#[cfg(test)]
+mod config_tests;
 mod decoder;
 pub mod gguf;
 mod kv;
@@ -54,7 +56,7 @@ pub enum Error {
     MissingTensor { path: PathBuf, name: String },
     #[error("{}: tensor `{name}` has shape {found:?}, the configuration calls for {expected:?}", path.display())]
     TensorShape { path: PathBuf, name: String, found: Vec<usize>, expected: Vec<usize> },
-    #[error("{}: tensor `{name}` is stored as {found}, which this tensor cannot be", path.display())]
+    #[error("{}: tensor `{name}` is stored as {found}; norms and biases are F32, F16 or BF16, matrices that or a GGUF block format", path.display())]
     TensorType { path: PathBuf, name: String, found: String },
     #[error("nothing to run: the batch has no tokens")]
     EmptyBatch,

@@ -104,8 +104,17 @@ impl GgufFile {
         let bytes = if kind == F32 { 4 * elements } else { elements / 32 * 34 };
         let offset = self.data.len() as u64;
         self.tensors.push(GgufTensor { name: name.into(), dims: dims.into(), kind, offset });
-        self.data.extend((0..bytes).map(|i| (i % 61) as u8));
+        // Small numbers, other ones in each tensor.
+        self.data.extend((offset..offset + bytes).map(|i| (i % 61) as u8));
         self.data.resize(self.data.len().next_multiple_of(32), 0);
+    }
+
+    pub fn tensor_f32(&mut self, name: &str, values: &[f32]) {
+        let start = self.data.len();
+        self.tensor(name, &[values.len() as u64], F32);
+        for (bytes, value) in self.data[start..].chunks_exact_mut(4).zip(values) {
+            bytes.copy_from_slice(&value.to_le_bytes());
+        }
     }
 
     pub fn find(&mut self, name: &str) -> &mut GgufTensor {
