@@ -1,1 +1,105 @@
-//! model
+//! Decoder-only language models: configuration, weights, file formats.
+//!
+//! One decoder whose families are data: [`ModelConfig`] says what a Llama, a Qwen or a Gemma is, [`Weights`] holds its
+//! tensors as they lie in the mapped file. [`load`] reads both from a Hugging Face folder or a GGUF file.
+
+mod config;
+mod config_gguf;
+mod config_hf;
+pub mod gguf;
+mod names;
+mod safetensors;
+mod weights;
+
+pub use config::{Biases, ModelConfig, Rope, RopeScaling};
+pub use gguf::Gguf;
+pub use weights::{LayerWeights, Progress, Weights};
+
+use crate::backend::{self, Backend};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use weights::{FileTensor, FileTensors};
+
+/// Why a model was not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read {}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{} is not a model: it {problem}", path.display())]
+    NotAModel { path: PathBuf, problem: String },
+    #[error("{}: {problem}", path.display())]
+    Config { path: PathBuf, problem: String },
+    #[error("{}: unknown architecture `{name}` (llama, mistral, qwen2, qwen3 and gemma3 are known)", path.display())]
+    UnknownArchitecture { path: PathBuf, name: String },
+    #[error("{}: unknown activation `{name}` (silu, gelu and gelu_pytorch_tanh are known)", path.display())]
+    UnknownActivation { path: PathBuf, name: String },
+    #[error("{}: unknown rope scaling `{name}` (default, linear, llama3 and yarn are known)", path.display())]
+    UnknownRopeScaling { path: PathBuf, name: String },
+    #[error("{}: {source}", path.display())]
+    Gguf { path: PathBuf, source: gguf::Error },
+    #[error("{}: not a sound safetensors file (truncated, or its header lies): {source}", path.display())]
+    Safetensors { path: PathBuf, source: ::safetensors::SafeTensorError },
+    #[error("{}: tensor `{name}` is missing", path.display())]
+    MissingTensor { path: PathBuf, name: String },
+    #[error("{}: tensor `{name}` has shape {found:?}, the configuration calls for {expected:?}", path.display())]
+    TensorShape { path: PathBuf, name: String, found: Vec<usize>, expected: Vec<usize> },
+    #[error("{}: tensor `{name}` is stored as {found}, which this tensor cannot be", path.display())]
+    TensorType { path: PathBuf, name: String, found: String },
+    #[error(transparent)]
+    Backend(#[from] backend::Error),
+}
+
+/// A model ready to run.
+pub struct Loaded {
+    pub config: ModelConfig,
+    pub weights: Weights,
+    pub source: Source,
+}
+
+/// Where a model came from; its tokenizer is there, too.
+pub enum Source {
+    /// A Hugging Face folder.
+    Folder(PathBuf),
+    Gguf(Gguf),
+}
+
+/// Loads a Hugging Face folder (`config.json` and safetensors) or a GGUF file.
+///
+/// Weights stay in the mapped file, in the format they have there, where the device can read them there. `progress` is
+/// told bytes done and total.
+pub fn load(path: &Path, backend: &Arc<dyn Backend>, progress: Progress<'_>) -> Result<Loaded, Error> {
+    let kind = fs::metadata(path).map_err(|source| Error::Io { path: path.into(), source })?;
+    if kind.is_dir() {
+        let config = ModelConfig::from_folder(path)?;
+        let files = safetensors::open(path)?;
+        let names = names::hugging_face(config.post_norms);
+        let has_embedding = |(prefix, _): &&(&str, &str)| {
+            files.tensors.contains_key(&format!("{prefix}{}.weight", names.embed))
+        };
+        let prefixes = names::HUGGING_FACE_PREFIXES;
+        let prefix = *prefixes.iter().find(has_embedding).unwrap_or(&prefixes[0]);
+        let weights = Weights::read(&config, files, &names, prefix, backend.as_ref(), progress)?;
+        return Ok(Loaded { config, weights, source: Source::Folder(path.into()) });
+    }
+    if path.extension().is_some_and(|extension| extension == "safetensors") {
+        let problem = "is weights alone; give the folder that also has config.json and the tokenizer".into();
+        return Err(Error::NotAModel { path: path.into(), problem });
+    }
+    let gguf = Gguf::open(path)?;
+    let config = ModelConfig::from_gguf(&gguf)?;
+    let file_path: Arc<Path> = path.into();
+    let tensor = |(name, info): (&String, &gguf::TensorInfo)| {
+        let (path, file, shape) = (file_path.clone(), gguf.file().clone(), info.shape.clone());
+        (name.clone(), FileTensor { path, file, offset: info.bytes.start, dtype: Ok(info.dtype), shape })
+    };
+    let files = FileTensors { path: path.into(), tensors: gguf.tensors().iter().map(tensor).collect() };
+    let weights = Weights::read(&config, files, &names::GGUF, ("", ""), backend.as_ref(), progress)?;
+    Ok(Loaded { config, weights, source: Source::Gguf(gguf) })
+}
+
+fn read_text(path: &Path) -> Result<String, Error> {
+    fs::read_to_string(path).map_err(|source| Error::Io { path: path.into(), source })
+}

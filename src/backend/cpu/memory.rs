@@ -2,10 +2,18 @@
 
 use crate::backend::{DType, Storage, Tensor};
 use memmap2::Mmap;
-use std::{alloc, cell::UnsafeCell, fs::File, io, path::Path, ptr::NonNull, sync::Arc};
+use std::{alloc, cell::UnsafeCell, fs::File, path::Path, ptr::NonNull, sync::Arc};
 
 /// Cache-line alignment, also the width of the widest vector register.
 const ALIGN: usize = 64;
+
+/// Maps a file for reading. It must not shrink while mapped.
+pub fn map_file(path: &Path) -> std::io::Result<Arc<Mmap>> {
+    let file = File::open(path)?;
+    // SAFETY: the mapping is private to reading; a file that another process changes meanwhile yields other numbers,
+    // never other types (`Element` is plain data and block formats take any bytes).
+    unsafe { Mmap::map(&file) }.map(Arc::new)
+}
 
 /// Shared host memory. See [`Tensor`] for who may touch it when.
 #[derive(Clone)]
@@ -75,14 +83,6 @@ impl Memory {
             Kind::Mapped(map) => map.as_ptr().cast_mut(),
         }
     }
-}
-
-/// Maps a file for reading. An empty file can't be mapped and is an error.
-pub fn map_file(path: &Path) -> io::Result<Arc<Mmap>> {
-    let file = File::open(path)?;
-    // SAFETY: weights are read where they lie in the file. Nobody may change it meanwhile; our own writers replace
-    // files by renaming, which leaves a mapped one intact.
-    Ok(Arc::new(unsafe { Mmap::map(&file)? }))
 }
 
 /// Rust types that a tensor's elements can be viewed as.

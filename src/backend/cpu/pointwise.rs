@@ -128,10 +128,11 @@ pub(super) fn erf(x: f32) -> f32 {
     let tail = 1.0 - t * exp(-a * a + poly);
     // Near zero the tail form loses digits: Taylor there.
     let x2 = x * x;
-    let series = x
-        * (1.128_379_2
-            + x2 * (-0.376_126_4 + x2 * (0.112_837_92 + x2 * (-0.026_866_17 + x2 * 0.005_223_978))));
-    if a < 0.5 { series } else { tail.copysign(x) }
+    let mut series = -8.548_327e-4_f32;
+    for c in [5.223_978e-3, -2.686_617e-2, 0.112_837_92, -0.376_126_4, 1.128_379_2] {
+        series = series * x2 + c;
+    }
+    if a < 0.5 { series * x } else { tail.copysign(x) }
 }
 
 pub(super) fn glu(team: &mut Team, p: GluParams, x: &Tensor, out: &Tensor) {

@@ -1,13 +1,14 @@
-//! Attention.
+//! The reference: one query and head at a time, in plain Rust.
 
-use super::{
-    Simd,
-    rope::{page_offset, read_page},
-    team::Team,
+use crate::{
+    backend::cpu::{
+        rope::{page_offset, read_page},
+        team::Team,
+    },
+    ops::{AttentionOperands, AttentionParams},
 };
-use crate::ops::{AttentionOperands, AttentionParams};
 
-pub(super) fn paged_attention(team: &mut Team, _simd: Simd, p: AttentionParams, o: &AttentionOperands) {
+pub(super) fn paged_attention(team: &mut Team, p: AttentionParams, o: &AttentionOperands) {
     let (heads, dim) = (p.heads as usize, p.head_dim as usize);
     let group = (p.heads / p.kv_heads) as usize;
     let (q, cu_q, context) = (o.q.host::<f32>(), o.cu_q.host::<u32>(), o.context.host::<u32>());

@@ -1,0 +1,329 @@
+//! Many queries at a time, as in FlashAttention: for each tile of keys, products, softmax and sums of all rows of the
+//! task, with a running maximum and sum per row; the full score matrix never exists.
+//!
+//! A *row* is one head's query of one new token; the rows of all heads that share the kv head stack up, token by
+//! token. Rows lie across the lanes of registers, so that maximum, exponential and sum need no shuffles, and keys and
+//! values are read as they are, one element for all lanes:
+//!
+//! ```text
+//! Sᵀ[key][row] = Σ_d K[key][d] · Qᵀ[d][row]        Oᵀ[d][row] = Σ_key V[key][d] · Pᵀ[key][row]
+//! ```
+//!
+//! Up to three registers of rows make a *panel*; a 4 × 3 block of sums fills the register file of AVX2. A row's
+//! numbers don't depend on the rows beside it: a key that it doesn't see adds exactly 0.
+
+use super::{
+    Call, Exponent, Scratch, Sequence, block_of, page_ptr,
+    plan::Task,
+    vector::{PageElement, Vector, tanh},
+    widen_row,
+};
+use crate::backend::{DType, cpu::Element};
+use half::bf16;
+
+/// Keys in a tile. Tiles begin at multiples of it.
+const KEYS: usize = 64;
+
+/// Keys, or elements of a value, whose sums are held in registers together. Divides [`KEYS`].
+const BLOCK: usize = 4;
+
+/// The working memory of a task.
+struct Tile<'a> {
+    call: &'a Call<'a>,
+    /// Of a key or value in `keys`, `values`: `dim` rounded up to [`BLOCK`].
+    stride: usize,
+    /// `[KEYS][stride]`.
+    keys: &'a mut [f32],
+    values: &'a mut [f32],
+    /// One panel's `[KEYS][rows]`: scores, then their exponentials.
+    scores: &'a mut [f32],
+}
+
+/// One panel's part of the task's memory.
+struct Panel {
+    /// `[dim][rows]`.
+    q: *const f32,
+    /// `[stride][rows]`.
+    out: *mut f32,
+    /// `[rows]` each.
+    max: *mut f32,
+    sum: *mut f32,
+}
+
+/// Which keys of a tile a panel sees: `from..to`, and the first and last for each row where they differ.
+struct Sight {
+    from: usize,
+    to: usize,
+    bounds: Option<[[f32; 3 * 16]; 2]>,
+}
+
+/// # Safety
+/// As of [`Vector`]; no other task writes the results of this one's tokens and heads.
+#[inline(always)]
+pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut Scratch) {
+    let sequence = call.sequence(task.sequence);
+    let rows = (task.to - task.from) * call.group;
+    let registers = rows.div_ceil(V::LANES);
+    let padded = registers * V::LANES;
+    let stride = call.dim.next_multiple_of(BLOCK);
+    let lens = [
+        KEYS * stride,
+        KEYS * stride,
+        KEYS * 3 * V::LANES,
+        padded * call.dim,
+        padded * stride,
+        padded,
+        padded,
+    ];
+    let [keys, values, scores, q, out, max, sum] = scratch.pieces(lens);
+    let exponent = call.exponent();
+    out.fill(0.0);
+    // Finite, so that nothing minus it is NaN.
+    max.fill(f32::MIN);
+    sum.fill(0.0);
+    let row_of = |r: usize| (sequence.row + task.from + r / call.group, task.kv_head * call.group + r % call.group);
+    let mut at = 0;
+    while at < registers {
+        let width = block_of(registers - at) * V::LANES;
+        let panel = &mut q[at * V::LANES * call.dim..][..width * call.dim];
+        for lane in 0..width {
+            let r = at * V::LANES + lane;
+            if r >= rows {
+                (0..call.dim).for_each(|d| panel[d * width + lane] = 0.0);
+                continue;
+            }
+            let (token, head) = row_of(r);
+            for (d, x) in call.query(token, head).iter().enumerate() {
+                panel[d * width + lane] = *x;
+            }
+        }
+        at += width / V::LANES;
+    }
+
+    let mut tile = Tile { call, stride, keys, values, scores };
+    let first = call.first_key(sequence.at + task.from);
+    let end = sequence.at + task.to;
+    for start in (first / KEYS * KEYS..end).step_by(KEYS) {
+        let seen = [start.max(first), (start + KEYS).min(end)];
+        match call.pages.keys.dtype() {
+            // SAFETY: the caller's promise.
+            DType::Bf16 => unsafe { tile.stage::<V, bf16>(&sequence, task.kv_head, start, seen) },
+            // SAFETY: the caller's promise.
+            _ => unsafe { tile.stage::<V, f32>(&sequence, task.kv_head, start, seen) },
+        }
+        let mut at = 0;
+        while at < registers {
+            let count = block_of(registers - at);
+            let lane = at * V::LANES;
+            let panel = Panel {
+                q: q[lane * call.dim..].as_ptr(),
+                out: out[lane * stride..].as_mut_ptr(),
+                max: max[lane..].as_mut_ptr(),
+                sum: sum[lane..].as_mut_ptr(),
+            };
+            let token = |r: usize| sequence.at + task.from + r.min(rows - 1) / call.group;
+            if let Some(sight) = Sight::new(call, start, lane, count * V::LANES, token) {
+                // SAFETY: the caller's promise; the panel's pieces have the lengths its fields name.
+                unsafe {
+                    match count {
+                        1 => tile.attend::<V, 1>(&panel, &sight, exponent),
+                        2 => tile.attend::<V, 2>(&panel, &sight, exponent),
+                        _ => tile.attend::<V, 3>(&panel, &sight, exponent),
+                    }
+                }
+            }
+            at += count;
+        }
+    }
+
+    let mut at = 0;
+    while at < registers {
+        let width = block_of(registers - at) * V::LANES;
+        let lane = at * V::LANES;
+        for r in lane..(lane + width).min(rows) {
+            let (token, head) = row_of(r);
+            let scale = 1.0 / sum[r];
+            let column = &out[lane * stride + r - lane..];
+            let result = call.result(token, head);
+            for d in 0..call.dim {
+                // + 0 so that no sum is −0 for one way of tiling and +0 for another.
+                // SAFETY: the result has dim elements, which are this task's alone.
+                unsafe { *result.add(d) = column[d * width] * scale + 0.0 }
+            }
+        }
+        at += width / V::LANES;
+    }
+}
+
+impl Sight {
+    /// `None` if the panel of `width` rows from `lane` sees nothing of the tile at `start`. `at` = a row's own key.
+    #[inline(always)]
+    fn new(call: &Call, start: usize, lane: usize, width: usize, at: impl Fn(usize) -> usize) -> Option<Sight> {
+        let (first, last) = (at(lane), at(lane + width - 1));
+        let (seen_from, seen_to) = (call.first_key(first).max(start), (last + 1).min(start + KEYS));
+        if seen_from >= seen_to {
+            return None;
+        }
+        let from = (seen_from - start) / BLOCK * BLOCK;
+        let to = (seen_to - start).next_multiple_of(BLOCK);
+        let mut sight = Sight { from, to, bounds: None };
+        if first + 1 < start + to || call.first_key(last) > start + from {
+            let [mut from, mut to] = [[0.0; 3 * 16]; 2];
+            let relative = |key: usize| (key as isize - start as isize) as f32;
+            for r in 0..width {
+                from[r] = relative(call.first_key(at(lane + r)));
+                to[r] = relative(at(lane + r));
+            }
+            sight.bounds = Some([from, to]);
+        }
+        Some(sight)
+    }
+}
+
+impl Tile<'_> {
+    /// Reads keys and values `from..to` of a sequence, the tile beginning at `start`. The rest of the tile becomes 0:
+    /// slots not yet written may hold anything, NaN included.
+    #[inline(always)]
+    unsafe fn stage<V: Vector, T: PageElement + Element>(
+        &mut self,
+        sequence: &Sequence,
+        kv_head: usize,
+        start: usize,
+        [from, to]: [usize; 2],
+    ) {
+        let mut offsets = [0; KEYS];
+        let offsets = &mut offsets[..to - from];
+        self.call.page_offsets(sequence, kv_head, from, offsets);
+        for (pages, staged) in
+            [(&self.call.pages.keys, &mut *self.keys), (&self.call.pages.values, &mut *self.values)]
+        {
+            let base = page_ptr::<T>(pages);
+            let (before, after) = ((from - start) * self.stride, (to - start) * self.stride);
+            staged[..before].fill(0.0);
+            staged[after..].fill(0.0);
+            for (&offset, row) in offsets.iter().zip(staged[before..after].chunks_exact_mut(self.stride)) {
+                row[self.call.dim..].fill(0.0);
+                // SAFETY: the caller's promise; `page_offsets` are in bounds; the row has at least dim elements.
+                unsafe { widen_row::<V, T>(base.add(offset), self.call.dim, row.as_mut_ptr()) }
+            }
+        }
+    }
+
+    /// Takes the tile's keys and values into the panel's running results.
+    #[inline(always)]
+    unsafe fn attend<V: Vector, const N: usize>(&mut self, panel: &Panel, sight: &Sight, exponent: Exponent) {
+        let (dim, stride, width) = (self.call.dim, self.stride, N * V::LANES);
+        let (keys, values, scores) = (self.keys.as_ptr(), self.values.as_ptr(), self.scores.as_mut_ptr());
+        // SAFETY: the caller's promise; `scores` holds KEYS × 3 registers, keys and values KEYS × stride.
+        unsafe {
+            let mut largest = [V::splat(f32::NEG_INFINITY); N];
+            let mut key = sight.from;
+            while key < sight.to {
+                let mut s = product::<V, N>(keys.add(key * stride), stride, 1, panel.q, dim);
+                if let Some(inner) = exponent.inner {
+                    for row in &mut s {
+                        for x in row {
+                            *x = tanh(x.mul(V::splat(inner)));
+                        }
+                    }
+                }
+                if let Some([from, to]) = &sight.bounds {
+                    for i in 0..BLOCK {
+                        for j in 0..N {
+                            let from = V::load(from.as_ptr().add(j * V::LANES));
+                            let to = V::load(to.as_ptr().add(j * V::LANES));
+                            s[i][j] = s[i][j].keep_within(V::splat((key + i) as f32), from, to);
+                        }
+                    }
+                }
+                for i in 0..BLOCK {
+                    for j in 0..N {
+                        largest[j] = largest[j].max(s[i][j]);
+                        s[i][j].store(scores.add((key + i) * width + j * V::LANES));
+                    }
+                }
+                key += BLOCK;
+            }
+
+            let outer = V::splat(exponent.outer);
+            let mut shrink = [V::splat(0.0); N];
+            let mut minus_max = [V::splat(0.0); N];
+            let mut sum = [V::splat(0.0); N];
+            load::<V, N>(panel.sum, &mut sum);
+            for j in 0..N {
+                let at = panel.max.add(j * V::LANES);
+                let before = V::load(at);
+                let max = largest[j].mul(outer).max(before);
+                max.store(at);
+                minus_max[j] = max.mul(V::splat(-1.0));
+                shrink[j] = before.add(minus_max[j]).exp2();
+                sum[j] = sum[j].mul(shrink[j]);
+            }
+            let mut key = sight.from;
+            while key < sight.to {
+                for j in 0..N {
+                    let at = scores.add(key * width + j * V::LANES);
+                    let p = V::load(at).mul_add(outer, minus_max[j]).exp2();
+                    p.store(at);
+                    sum[j] = sum[j].add(p);
+                }
+                key += 1;
+            }
+            for j in 0..N {
+                sum[j].store(panel.sum.add(j * V::LANES));
+            }
+
+            let (values, scores) = (values.add(sight.from * stride), scores.add(sight.from * width));
+            let mut d = 0;
+            while d < stride {
+                let o = product::<V, N>(values.add(d), 1, stride, scores, sight.to - sight.from);
+                for i in 0..BLOCK {
+                    for j in 0..N {
+                        let at = panel.out.add((d + i) * width + j * V::LANES);
+                        V::load(at).mul_add(shrink[j], o[i][j]).store(at);
+                    }
+                }
+                d += BLOCK;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As of [`Vector`]; `from` is valid for N registers.
+#[inline(always)]
+unsafe fn load<V: Vector, const N: usize>(from: *const f32, to: &mut [V; N]) {
+    for (j, x) in to.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *x = unsafe { V::load(from.add(j * V::LANES)) };
+    }
+}
+
+/// `out[i][lane] = Σ_k a[i · row + k · step] · b[k][lane]`, the sum in order of k.
+///
+/// # Safety
+/// As of [`Vector`]; `a` is valid for those indices, `b` for `steps` × N registers.
+#[inline(always)]
+unsafe fn product<V: Vector, const N: usize>(
+    a: *const f32,
+    row: usize,
+    step: usize,
+    b: *const f32,
+    steps: usize,
+) -> [[V; N]; BLOCK] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[V::splat(0.0); N]; BLOCK];
+        for k in 0..steps {
+            let mut lanes = [V::splat(0.0); N];
+            load::<V, N>(b.add(k * N * V::LANES), &mut lanes);
+            for i in 0..BLOCK {
+                let x = V::splat(*a.add(i * row + k * step));
+                for j in 0..N {
+                    sums[i][j] = x.mul_add(lanes[j], sums[i][j]);
+                }
+            }
+        }
+        sums
+    }
+}

@@ -1,0 +1,303 @@
+//! The few vector operations that attention is made of, once per register width.
+//!
+//! The kernels are written over [`Vector`] and inlined into functions that enable the width's CPU features.
+
+use half::bf16;
+
+/// A register of f32.
+///
+/// # Safety
+/// Every method must run on a CPU that has the features of the implementing type; pointers are valid for
+/// [`Vector::LANES`] elements of any alignment.
+pub(super) trait Vector: Copy {
+    const LANES: usize;
+
+    unsafe fn splat(x: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn load_bf16(from: *const bf16) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    unsafe fn add(self, b: Self) -> Self;
+    unsafe fn mul(self, b: Self) -> Self;
+    unsafe fn div(self, b: Self) -> Self;
+    unsafe fn min(self, b: Self) -> Self;
+    /// A NaN in `self` stays.
+    unsafe fn max(self, b: Self) -> Self;
+    /// `self · b + c`.
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+    /// `2^self` for `self` below 100, 0 below the normal numbers, within two units in the last place.
+    unsafe fn exp2(self) -> Self;
+    /// `self` in the lanes where `first ≤ at ≤ last`, −∞ elsewhere.
+    unsafe fn keep_within(self, at: Self, first: Self, last: Self) -> Self;
+    /// The sum of the lanes of each.
+    unsafe fn sums(of: [Self; 4]) -> [f32; 4];
+    unsafe fn prefetch(at: *const u8);
+}
+
+/// Elements of a KV page.
+pub(super) trait PageElement: Copy {
+    /// # Safety
+    /// As of [`Vector`].
+    unsafe fn load<V: Vector>(from: *const Self) -> V;
+    fn widen(self) -> f32;
+}
+
+impl PageElement for f32 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(from: *const f32) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load(from) }
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl PageElement for bf16 {
+    #[inline(always)]
+    unsafe fn load<V: Vector>(from: *const bf16) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load_bf16(from) }
+    }
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+/// `2^r` on [−½, ½]: a minimax polynomial, highest power first, the last coefficient being 1.
+const EXP2: [f32; 6] = [1.535_336_2e-4, 1.339_887_5e-3, 9.618_437e-3, 5.550_332_4e-2, 0.240_226_48, 0.693_147_2];
+
+/// tanh as a ratio of minimax polynomials in x², highest power first (the fit of Eigen's `ptanh`).
+const TANH_NUMERATOR: [f32; 7] = [
+    -2.760_768_5e-16,
+    2.000_188e-13,
+    -8.604_672e-11,
+    5.122_297_3e-8,
+    1.485_722_4e-5,
+    6.372_619_5e-4,
+    4.893_524_6e-3,
+];
+const TANH_DENOMINATOR: [f32; 4] = [1.198_258_4e-6, 1.185_347_1e-4, 2.268_434_6e-3, 4.893_525_4e-3];
+
+/// `tanh(x)`, relative error below 3e-7.
+///
+/// # Safety
+/// As of [`Vector`].
+#[inline(always)]
+pub(super) unsafe fn tanh<V: Vector>(x: V) -> V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // Beyond, the ratio would leave [−1, 1].
+        const END: f32 = 7.905_311;
+        let x = x.min(V::splat(END)).max(V::splat(-END));
+        let square = x.mul(x);
+        let mut numerator = V::splat(TANH_NUMERATOR[0]);
+        let mut i = 1;
+        while i < TANH_NUMERATOR.len() {
+            numerator = numerator.mul_add(square, V::splat(TANH_NUMERATOR[i]));
+            i += 1;
+        }
+        let mut denominator = V::splat(TANH_DENOMINATOR[0]);
+        let mut i = 1;
+        while i < TANH_DENOMINATOR.len() {
+            denominator = denominator.mul_add(square, V::splat(TANH_DENOMINATOR[i]));
+            i += 1;
+        }
+        x.mul(numerator).div(denominator)
+    }
+}
+
+/// Gives each method of an implementation its body: one expression of intrinsics.
+macro_rules! methods {
+    ($(fn $name:ident($($arg:ident: $type:ty),*) -> $result:ty { $($body:tt)* })*) => {
+        $(#[inline(always)]
+        unsafe fn $name($($arg: $type),*) -> $result {
+            // SAFETY: the trait's contract: the CPU has the features, pointers are valid for all lanes.
+            unsafe { $($body)* }
+        })*
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{EXP2, Vector};
+    use half::bf16;
+    use std::arch::x86_64::*;
+
+    /// Eight lanes; needs AVX2 and FMA.
+    #[derive(Clone, Copy)]
+    pub(in super::super) struct Avx2(__m256);
+
+    /// Sixteen lanes; needs AVX-512 F and DQ beside AVX2.
+    #[derive(Clone, Copy)]
+    pub(in super::super) struct Avx512(__m512);
+
+    impl Vector for Avx2 {
+        const LANES: usize = 8;
+
+        methods! {
+            fn splat(x: f32) -> Self { Avx2(_mm256_set1_ps(x)) }
+            fn load(from: *const f32) -> Self { Avx2(_mm256_loadu_ps(from)) }
+            fn load_bf16(from: *const bf16) -> Self {
+                let halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+                Avx2(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(halves)))
+            }
+            fn store(self: Self, to: *mut f32) -> () { _mm256_storeu_ps(to, self.0) }
+            fn add(self: Self, b: Self) -> Self { Avx2(_mm256_add_ps(self.0, b.0)) }
+            fn mul(self: Self, b: Self) -> Self { Avx2(_mm256_mul_ps(self.0, b.0)) }
+            fn div(self: Self, b: Self) -> Self { Avx2(_mm256_div_ps(self.0, b.0)) }
+            fn min(self: Self, b: Self) -> Self { Avx2(_mm256_min_ps(b.0, self.0)) }
+            // The instruction returns its second operand if either is NaN.
+            fn max(self: Self, b: Self) -> Self { Avx2(_mm256_max_ps(b.0, self.0)) }
+            fn mul_add(self: Self, b: Self, c: Self) -> Self { Avx2(_mm256_fmadd_ps(self.0, b.0, c.0)) }
+            fn exp2(self: Self) -> Self {
+                let lowest = _mm256_set1_ps(-126.0);
+                let normal = _mm256_cmp_ps::<_CMP_NLT_UQ>(self.0, lowest);
+                let x = _mm256_max_ps(lowest, self.0);
+                // Adding 1.5 · 2^23 rounds to an integer and leaves it in the low bits of the significand.
+                let magic = _mm256_set1_ps(12_582_912.0);
+                let shifted = _mm256_add_ps(x, magic);
+                let r = _mm256_sub_ps(x, _mm256_sub_ps(shifted, magic));
+                let mut poly = _mm256_set1_ps(EXP2[0]);
+                poly = _mm256_fmadd_ps(poly, r, _mm256_set1_ps(EXP2[1]));
+                poly = _mm256_fmadd_ps(poly, r, _mm256_set1_ps(EXP2[2]));
+                poly = _mm256_fmadd_ps(poly, r, _mm256_set1_ps(EXP2[3]));
+                poly = _mm256_fmadd_ps(poly, r, _mm256_set1_ps(EXP2[4]));
+                poly = _mm256_fmadd_ps(poly, r, _mm256_set1_ps(EXP2[5]));
+                poly = _mm256_fmadd_ps(poly, r, _mm256_set1_ps(1.0));
+                let exponent = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted));
+                let value = _mm256_add_epi32(_mm256_castps_si256(poly), exponent);
+                Avx2(_mm256_and_ps(_mm256_castsi256_ps(value), normal))
+            }
+            fn keep_within(self: Self, at: Self, first: Self, last: Self) -> Self {
+                let from = _mm256_cmp_ps::<_CMP_GE_OQ>(at.0, first.0);
+                let to = _mm256_cmp_ps::<_CMP_LE_OQ>(at.0, last.0);
+                let outside = _mm256_set1_ps(f32::NEG_INFINITY);
+                Avx2(_mm256_blendv_ps(outside, self.0, _mm256_and_ps(from, to)))
+            }
+            fn sums(of: [Self; 4]) -> [f32; 4] {
+                let [a, b, c, d] = of;
+                let low = _mm256_add_ps(_mm256_unpacklo_ps(a.0, b.0), _mm256_unpackhi_ps(a.0, b.0));
+                let high = _mm256_add_ps(_mm256_unpacklo_ps(c.0, d.0), _mm256_unpackhi_ps(c.0, d.0));
+                let all = _mm256_add_ps(
+                    _mm256_shuffle_ps::<0b01_00_01_00>(low, high),
+                    _mm256_shuffle_ps::<0b11_10_11_10>(low, high),
+                );
+                let all = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps::<1>(all));
+                std::mem::transmute::<__m128, [f32; 4]>(all)
+            }
+            fn prefetch(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+    }
+
+    impl Vector for Avx512 {
+        const LANES: usize = 16;
+
+        methods! {
+            fn splat(x: f32) -> Self { Avx512(_mm512_set1_ps(x)) }
+            fn load(from: *const f32) -> Self { Avx512(_mm512_loadu_ps(from)) }
+            fn load_bf16(from: *const bf16) -> Self {
+                let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves)))
+            }
+            fn store(self: Self, to: *mut f32) -> () { _mm512_storeu_ps(to, self.0) }
+            fn add(self: Self, b: Self) -> Self { Avx512(_mm512_add_ps(self.0, b.0)) }
+            fn mul(self: Self, b: Self) -> Self { Avx512(_mm512_mul_ps(self.0, b.0)) }
+            fn div(self: Self, b: Self) -> Self { Avx512(_mm512_div_ps(self.0, b.0)) }
+            fn min(self: Self, b: Self) -> Self { Avx512(_mm512_min_ps(b.0, self.0)) }
+            fn max(self: Self, b: Self) -> Self { Avx512(_mm512_max_ps(b.0, self.0)) }
+            fn mul_add(self: Self, b: Self, c: Self) -> Self { Avx512(_mm512_fmadd_ps(self.0, b.0, c.0)) }
+            fn exp2(self: Self) -> Self {
+                let x = _mm512_max_ps(_mm512_set1_ps(-160.0), self.0);
+                let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+                let r = _mm512_sub_ps(x, n);
+                let mut poly = _mm512_set1_ps(EXP2[0]);
+                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[1]));
+                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[2]));
+                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[3]));
+                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[4]));
+                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[5]));
+                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(1.0));
+                Avx512(_mm512_scalef_ps(poly, n))
+            }
+            fn keep_within(self: Self, at: Self, first: Self, last: Self) -> Self {
+                let from = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(at.0, first.0);
+                let both = _mm512_mask_cmp_ps_mask::<_CMP_LE_OQ>(from, at.0, last.0);
+                Avx512(_mm512_mask_blend_ps(both, _mm512_set1_ps(f32::NEG_INFINITY), self.0))
+            }
+            fn sums(of: [Self; 4]) -> [f32; 4] {
+                let [a, b, c, d] = of;
+                Avx2::sums([fold(a), fold(b), fold(c), fold(d)])
+            }
+            fn prefetch(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+    }
+
+    /// Adds the upper half to the lower.
+    #[inline(always)]
+    unsafe fn fold(x: Avx512) -> Avx2 {
+        // SAFETY: as of `Vector`, which only `Avx512::sums` calls this under.
+        unsafe { Avx2(_mm256_add_ps(_mm512_castps512_ps256(x.0), _mm512_extractf32x8_ps::<1>(x.0))) }
+    }
+}
+
+/// Sixteen lanes in plain Rust: lets any machine test the kernels at the width of AVX-512.
+#[cfg(test)]
+#[derive(Clone, Copy)]
+pub(super) struct Emulated([f32; 16]);
+
+#[cfg(test)]
+impl Emulated {
+    fn zip(self, b: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Emulated(std::array::from_fn(|i| f(self.0[i], b.0[i])))
+    }
+}
+
+#[cfg(test)]
+impl Vector for Emulated {
+    const LANES: usize = 16;
+
+    methods! {
+        fn splat(x: f32) -> Self { Emulated([x; 16]) }
+        fn load(from: *const f32) -> Self { Emulated(from.cast::<[f32; 16]>().read_unaligned()) }
+        fn load_bf16(from: *const bf16) -> Self {
+            Emulated(from.cast::<[bf16; 16]>().read_unaligned().map(PageElement::widen))
+        }
+        fn store(self: Self, to: *mut f32) -> () { to.cast::<[f32; 16]>().write_unaligned(self.0) }
+        fn mul_add(self: Self, b: Self, c: Self) -> Self {
+            Emulated(std::array::from_fn(|i| self.0[i].mul_add(b.0[i], c.0[i])))
+        }
+        fn sums(of: [Self; 4]) -> [f32; 4] { of.map(|v| v.0.iter().sum()) }
+        fn keep_within(self: Self, at: Self, first: Self, last: Self) -> Self {
+            Emulated(std::array::from_fn(|i| {
+                if at.0[i] >= first.0[i] && at.0[i] <= last.0[i] { self.0[i] } else { f32::NEG_INFINITY }
+            }))
+        }
+    }
+
+    unsafe fn add(self, b: Self) -> Self {
+        self.zip(b, |a, b| a + b)
+    }
+    unsafe fn mul(self, b: Self) -> Self {
+        self.zip(b, |a, b| a * b)
+    }
+    unsafe fn div(self, b: Self) -> Self {
+        self.zip(b, |a, b| a / b)
+    }
+    unsafe fn min(self, b: Self) -> Self {
+        self.zip(b, f32::min)
+    }
+    unsafe fn max(self, b: Self) -> Self {
+        self.zip(b, f32::max)
+    }
+    unsafe fn exp2(self) -> Self {
+        Emulated(self.0.map(f32::exp2))
+    }
+    unsafe fn prefetch(_at: *const u8) {}
+}

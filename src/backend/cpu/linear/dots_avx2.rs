@@ -1,0 +1,423 @@
+//! Dot products of one row of blocks with a few quantised tokens, on AVX2.
+
+use super::{
+    gemv_float::avx2::sum,
+    levels::{GROUP, IQ4_NL, q3_scales, scales_and_mins},
+    pack::Rows,
+    quantize::Token,
+};
+use crate::backend::DType;
+use std::{arch::x86_64::*, ops::Range};
+
+/// How far ahead of the current block memory is asked for.
+const PREFETCH: usize = 1024;
+
+/// Calls `put(row, products)` for every row.
+///
+/// # Safety
+/// AVX2, FMA, F16C; rows and tokens have the same number of columns.
+pub(super) unsafe fn rows<const T: usize>(
+    rows: Rows,
+    range: Range<usize>,
+    x: &[Token; T],
+    put: impl Fn(usize, &[f32]),
+) {
+    // SAFETY: passed on.
+    unsafe {
+        match rows.dtype {
+            DType::Q4_0 => groups::<Q4_0, T>(rows, range, x, put),
+            DType::Q4_1 => groups::<Q4_1, T>(rows, range, x, put),
+            DType::Q5_0 => groups::<Q5_0, T>(rows, range, x, put),
+            DType::Q5_1 => groups::<Q5_1, T>(rows, range, x, put),
+            DType::Q8_0 => groups::<Q8_0, T>(rows, range, x, put),
+            DType::Iq4Nl => groups::<Iq4Nl, T>(rows, range, x, put),
+            DType::Q2K => supers::<Q2K, T>(rows, range, x, put),
+            DType::Q3K => supers::<Q3K, T>(rows, range, x, put),
+            DType::Q4K => supers::<Q4K, T>(rows, range, x, put),
+            DType::Q5K => supers::<Q5K, T>(rows, range, x, put),
+            DType::Q6K => supers::<Q6K, T>(rows, range, x, put),
+            DType::F32 | DType::F16 | DType::Bf16 | DType::U32 => {
+                unreachable!("{} has no blocks", rows.dtype)
+            }
+        }
+    }
+}
+
+/// A format of 32 elements a block.
+trait Group {
+    const BYTES: usize;
+    /// The levels are signed bytes: no offset.
+    const SIGNED: bool = false;
+    /// The offset in units of the second factor.
+    const OFFSET: f32 = 1.0;
+    /// 32 levels.
+    unsafe fn levels(block: *const u8) -> __m256i;
+    /// Scale and what the offset is a multiple of, in turn.
+    unsafe fn factors(block: *const u8) -> __m256;
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn groups<G: Group, const T: usize>(
+    rows: Rows,
+    range: Range<usize>,
+    x: &[Token; T],
+    put: impl Fn(usize, &[f32]),
+) {
+    for row in range {
+        let bytes = rows.row(row);
+        let block = bytes.as_ptr();
+        let mut acc = [_mm256_setzero_ps(); T];
+        let mut offsets = [_mm256_setzero_ps(); T];
+        for g in 0..bytes.len() / G::BYTES {
+            // SAFETY: `g` counts the row's blocks, of which the tokens have as many; a prefetch never faults.
+            unsafe {
+                let block = block.add(g * G::BYTES);
+                _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(PREFETCH).cast());
+                let (levels, factors) = (G::levels(block), G::factors(block));
+                for t in 0..T {
+                    let v = _mm256_loadu_si256(x[t].q.as_ptr().add(GROUP * g).cast());
+                    let product = if G::SIGNED {
+                        _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(v, levels))
+                    } else {
+                        _mm256_maddubs_epi16(levels, v)
+                    };
+                    let product = _mm256_cvtepi32_ps(_mm256_madd_epi16(product, _mm256_set1_epi16(1)));
+                    // (scale · scale of x, offset · sum of x), four times.
+                    let pair =
+                        _mm256_castpd_ps(_mm256_broadcast_sd(&*x[t].pair.as_ptr().add(g).cast::<f64>()));
+                    let pair = _mm256_mul_ps(factors, pair);
+                    acc[t] = _mm256_fmadd_ps(product, _mm256_moveldup_ps(pair), acc[t]);
+                    if !G::SIGNED {
+                        offsets[t] = _mm256_add_ps(offsets[t], pair);
+                    }
+                }
+            }
+        }
+        let mut y = [0.0; T];
+        for t in 0..T {
+            y[t] = sum(acc[t]);
+            if !G::SIGNED {
+                let odd = _mm256_castps256_ps128(offsets[t]);
+                y[t] += G::OFFSET * _mm_cvtss_f32(_mm_movehdup_ps(odd));
+            }
+        }
+        put(row, &y);
+    }
+}
+
+/// 16 bytes: low nibbles, then high ones.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn nibbles(from: *const u8) -> __m256i {
+    // SAFETY: the caller vouches for 16 bytes.
+    let both = unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(from.cast())) };
+    let shifted = _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+    _mm256_and_si256(shifted, _mm256_set1_epi8(15))
+}
+
+/// 4 bytes of bits as 32 bytes of 0 or 16.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn fifth_bits(from: *const u8) -> __m256i {
+    // SAFETY: the caller vouches for 4 bytes.
+    let bits = _mm256_set1_epi32(unsafe { from.cast::<i32>().read_unaligned() });
+    let (a, b) = (0x0101_0101_0101_0101, 0x0202_0202_0202_0202);
+    let spread = _mm256_shuffle_epi8(bits, _mm256_setr_epi64x(0, a, b, a + b));
+    let mask = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+    let set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, mask), mask);
+    _mm256_and_si256(set, _mm256_set1_epi8(16))
+}
+
+/// One half-precision scale in all lanes.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn scale(from: *const u8) -> __m256 {
+    // SAFETY: the caller vouches for 2 bytes.
+    _mm256_cvtph_ps(_mm_set1_epi16(unsafe { from.cast::<i16>().read_unaligned() }))
+}
+
+/// Scale and min in turn.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn scale_and_min(from: *const u8) -> __m256 {
+    // SAFETY: the caller vouches for 4 bytes.
+    _mm256_cvtph_ps(_mm_set1_epi32(unsafe { from.cast::<i32>().read_unaligned() }))
+}
+
+macro_rules! group_format {
+    ($name:ident, $bytes:literal, offset $offset:literal, $factors:ident, |$block:ident| $levels:expr) => {
+        struct $name;
+        impl Group for $name {
+            const BYTES: usize = $bytes;
+            const OFFSET: f32 = $offset;
+            #[inline(always)]
+            unsafe fn levels($block: *const u8) -> __m256i {
+                // SAFETY: one block is readable, and the caller has AVX2.
+                unsafe { $levels }
+            }
+            #[inline(always)]
+            unsafe fn factors(block: *const u8) -> __m256 {
+                // SAFETY: as above.
+                unsafe { $factors(block) }
+            }
+        }
+    };
+}
+
+group_format!(Q4_0, 18, offset - 8.0, scale, |b| nibbles(b.add(2)));
+group_format!(Q4_1, 20, offset 1.0, scale_and_min, |b| nibbles(b.add(4)));
+group_format!(Q5_0, 22, offset - 16.0, scale, |b| _mm256_or_si256(nibbles(b.add(6)), fifth_bits(b.add(2))));
+group_format!(Q5_1, 24, offset 1.0, scale_and_min, |b| _mm256_or_si256(nibbles(b.add(8)), fifth_bits(b.add(4))));
+
+struct Q8_0;
+impl Group for Q8_0 {
+    const BYTES: usize = 34;
+    const SIGNED: bool = true;
+    #[inline(always)]
+    unsafe fn levels(block: *const u8) -> __m256i {
+        // SAFETY: one block is readable, and the caller has AVX2.
+        unsafe { _mm256_loadu_si256(block.add(2).cast()) }
+    }
+    #[inline(always)]
+    unsafe fn factors(block: *const u8) -> __m256 {
+        // SAFETY: as above.
+        unsafe { scale(block) }
+    }
+}
+
+struct Iq4Nl;
+impl Group for Iq4Nl {
+    const BYTES: usize = 18;
+    const SIGNED: bool = true;
+    #[inline(always)]
+    unsafe fn levels(block: *const u8) -> __m256i {
+        // SAFETY: one block is readable, and the caller has AVX2.
+        unsafe {
+            let book = _mm256_broadcastsi128_si256(_mm_loadu_si128(IQ4_NL.as_ptr().cast()));
+            let levels = _mm256_shuffle_epi8(book, nibbles(block.add(2)));
+            _mm256_xor_si256(levels, _mm256_set1_epi8(-128))
+        }
+    }
+    #[inline(always)]
+    unsafe fn factors(block: *const u8) -> __m256 {
+        // SAFETY: as above.
+        unsafe { scale(block) }
+    }
+}
+
+/// A format of 256 elements a block, in eight groups with integer scales.
+trait Super: Sized {
+    const BYTES: usize;
+    /// Half groups: sixteen scales and offsets.
+    const HALVES: bool;
+    /// Reads scales and offsets.
+    unsafe fn read(block: *const u8) -> Self;
+    /// Levels of group `i`.
+    unsafe fn levels(&self, block: *const u8, i: usize) -> __m256i;
+    /// Sixteen scales as bytes: one of each half group.
+    fn scales(&self) -> __m128i;
+    fn scale(&self) -> f32;
+    /// Offset of groups 0–7, or of half groups 0–7 and 8–15.
+    fn offsets(&self) -> [__m256; 2];
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn supers<S: Super, const T: usize>(
+    rows: Rows,
+    range: Range<usize>,
+    x: &[Token; T],
+    put: impl Fn(usize, &[f32]),
+) {
+    for row in range {
+        let bytes = rows.row(row);
+        let mut acc = [_mm256_setzero_ps(); T];
+        for s in 0..bytes.len() / S::BYTES {
+            // SAFETY: `s` counts the row's blocks, of which the tokens have as many; a prefetch never faults.
+            unsafe {
+                let block = bytes.as_ptr().add(s * S::BYTES);
+                for line in 0..S::BYTES.div_ceil(64) {
+                    _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(PREFETCH + 64 * line).cast());
+                }
+                let read = S::read(block);
+                // The scales of two neighbouring half groups as 16-bit numbers, one in each half of the vector: a
+                // shuffle then spreads them.
+                let scales = _mm256_cvtepi8_epi16(read.scales());
+                let (low, high) = (
+                    _mm256_permute4x64_epi64::<0b01_00_01_00>(scales),
+                    _mm256_permute4x64_epi64::<0b11_10_11_10>(scales),
+                );
+                let mut sums = [_mm256_setzero_ps(); T];
+                for i in 0..8 {
+                    let levels = read.levels(block, i);
+                    let spread = _mm256_set_m128i(
+                        _mm_set1_epi16((0x0302 + 0x0404 * (i % 4)) as i16),
+                        _mm_set1_epi16((0x0100 + 0x0404 * (i % 4)) as i16),
+                    );
+                    let scale = _mm256_shuffle_epi8(if i < 4 { low } else { high }, spread);
+                    for t in 0..T {
+                        let v = _mm256_loadu_si256(x[t].q.as_ptr().add(256 * s + GROUP * i).cast());
+                        let product = _mm256_madd_epi16(_mm256_maddubs_epi16(levels, v), scale);
+                        let factor = _mm256_broadcast_ss(&(*x[t].pair.as_ptr().add(8 * s + i))[0]);
+                        sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), factor, sums[t]);
+                    }
+                }
+                let (scale, offsets) = (_mm256_set1_ps(read.scale()), read.offsets());
+                for t in 0..T {
+                    acc[t] = _mm256_fmadd_ps(scale, sums[t], acc[t]);
+                    if S::HALVES {
+                        let at = x[t].half_sum.as_ptr().add(16 * s);
+                        acc[t] = _mm256_fmadd_ps(offsets[0], _mm256_loadu_ps(at), acc[t]);
+                        acc[t] = _mm256_fmadd_ps(offsets[1], _mm256_loadu_ps(at.add(8)), acc[t]);
+                    } else {
+                        let at = x[t].sum.as_ptr().add(8 * s);
+                        acc[t] = _mm256_fmadd_ps(offsets[0], _mm256_loadu_ps(at), acc[t]);
+                    }
+                }
+            }
+        }
+        let mut y = [0.0; T];
+        for t in 0..T {
+            y[t] = sum(acc[t]);
+        }
+        put(row, &y);
+    }
+}
+
+/// Eight bytes as f32, times `factor`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn scaled(bytes: __m128i, factor: f32) -> __m256 {
+    _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_set1_ps(factor))
+}
+
+/// Sixteen bytes as f32, times `factor`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn scaled_halves(bytes: __m128i, factor: f32) -> [__m256; 2] {
+    [scaled(bytes, factor), scaled(_mm_unpackhi_epi64(bytes, bytes), factor)]
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn f16(from: *const u8) -> f32 {
+    // SAFETY: the caller vouches for 2 bytes.
+    _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(unsafe { i32::from(from.cast::<u16>().read_unaligned()) })))
+}
+
+struct Scales {
+    scales: __m128i,
+    scale: f32,
+    offsets: [__m256; 2],
+}
+
+/// Header of Q4_K and Q5_K.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn header_k(block: *const u8) -> Scales {
+    // SAFETY: the caller vouches for a block.
+    let (packed, d, min) =
+        unsafe { (std::slice::from_raw_parts(block.add(4), 12), f16(block), f16(block.add(2))) };
+    let (scales, mins) = scales_and_mins(packed);
+    let scales = _mm_cvtsi64_si128(i64::from_le_bytes(scales));
+    let mins = _mm_cvtsi64_si128(i64::from_le_bytes(mins));
+    // A group's scale serves both of its halves.
+    let scales = _mm_unpacklo_epi8(scales, scales);
+    Scales { scales, scale: d, offsets: [scaled(mins, -min), _mm256_setzero_ps()] }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn load(from: *const u8) -> __m256i {
+    // SAFETY: the caller vouches for 32 bytes.
+    unsafe { _mm256_loadu_si256(from.cast()) }
+}
+
+/// `(v >> shift) & mask`, bytewise.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn bits(v: __m256i, shift: usize, mask: i8) -> __m256i {
+    let shifted = _mm256_srl_epi16(v, _mm_cvtsi32_si128(shift as i32));
+    _mm256_and_si256(shifted, _mm256_set1_epi8(mask))
+}
+
+/// As [`bits`], to the left.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn bits_up(v: __m256i, shift: usize, mask: i8) -> __m256i {
+    let shifted = _mm256_sll_epi16(v, _mm_cvtsi32_si128(shift as i32));
+    _mm256_and_si256(shifted, _mm256_set1_epi8(mask))
+}
+
+macro_rules! super_format {
+    ($name:ident, $bytes:literal, halves $halves:literal, |$b:ident| $read:expr, |$block:ident, $i:ident| $levels:expr) => {
+        struct $name(Scales);
+        impl Super for $name {
+            const BYTES: usize = $bytes;
+            const HALVES: bool = $halves;
+            #[inline(always)]
+            unsafe fn read($b: *const u8) -> Self {
+                // SAFETY: one block is readable, and the caller has AVX2.
+                $name(unsafe { $read })
+            }
+            #[inline(always)]
+            unsafe fn levels(&self, $block: *const u8, $i: usize) -> __m256i {
+                // SAFETY: as above.
+                unsafe { $levels }
+            }
+            #[inline(always)]
+            fn scales(&self) -> __m128i {
+                self.0.scales
+            }
+            #[inline(always)]
+            fn scale(&self) -> f32 {
+                self.0.scale
+            }
+            #[inline(always)]
+            fn offsets(&self) -> [__m256; 2] {
+                self.0.offsets
+            }
+        }
+    };
+}
+
+super_format!(Q4K, 144, halves false, |b| header_k(b), |b, i| {
+    bits(load(b.add(16 + 32 * (i / 2))), 4 * (i % 2), 15)
+});
+
+super_format!(Q5K, 176, halves false, |b| header_k(b), |b, i| {
+    let high = load(b.add(16));
+    let fifth = if i < 4 { bits_up(high, 4 - i, 16) } else { bits(high, i - 4, 16) };
+    _mm256_or_si256(bits(load(b.add(48 + 32 * (i / 2))), 4 * (i % 2), 15), fifth)
+});
+
+super_format!(Q6K, 210, halves true, |b| {
+    let (d, scales) = (f16(b.add(208)), _mm_loadu_si128(b.add(192).cast()));
+    Scales { scales, scale: d, offsets: scaled_halves(scales, -32.0 * d) }
+}, |b, i| {
+    let (half, part) = (i / 4, i % 4);
+    let high = load(b.add(128 + 32 * half));
+    let high = if part < 2 { bits_up(high, 4 - 2 * part, 0x30) } else { bits(high, 2 * part - 4, 0x30) };
+    _mm256_or_si256(bits(load(b.add(64 * half + 32 * (part % 2))), 4 * (part / 2), 15), high)
+});
+
+super_format!(Q2K, 84, halves true, |b| {
+    let packed = _mm_loadu_si128(b.cast());
+    let low = _mm_set1_epi8(15);
+    let mins = _mm_and_si128(_mm_srli_epi16::<4>(packed), low);
+    Scales {
+        scales: _mm_and_si128(packed, low),
+        scale: f16(b.add(80)),
+        offsets: scaled_halves(mins, -f16(b.add(82))),
+    }
+}, |b, i| bits(load(b.add(16 + 32 * (i / 4))), 2 * (i % 4), 3));
+
+super_format!(Q3K, 110, halves true, |b| {
+    let scales = q3_scales(std::slice::from_raw_parts(b.add(96), 12));
+    let scales = _mm_sub_epi8(_mm_loadu_si128(scales.as_ptr().cast()), _mm_set1_epi8(32));
+    let d = f16(b.add(108));
+    Scales { scales, scale: d, offsets: scaled_halves(scales, -4.0 * d) }
+}, |b, i| {
+    let high = load(b);
+    let third = if i < 2 { bits_up(high, 2 - i, 4) } else { bits(high, i - 2, 4) };
+    _mm256_or_si256(bits(load(b.add(32 + 32 * (i / 4))), 2 * (i % 4), 3), third)
+});

@@ -1,0 +1,193 @@
+//! Many tokens by float weights: f32 panels, and on AVX-512 bf16 panels.
+
+use super::{
+    super::Simd,
+    gemm::{Blocking, Output, Tile, blocked},
+    pack::{F32_SLICE, FloatScratch, ROWS, Rows, with_scratch},
+};
+use std::{arch::x86_64::*, ops::Range};
+
+/// Calls `$kernel::<M>` with the constant `M` = `$count`.
+macro_rules! with_count {
+    ($count:expr, [$($m:literal)*], $kernel:ident, $args:tt) => {
+        match $count { $($m => $kernel::<$m> $args,)* other => unreachable!("a tile of {other} tokens") }
+    };
+}
+pub(super) use with_count;
+
+/// `y[tokens, rows] += x · Wᵀ` in f32, from weights of any format.
+///
+/// # Safety
+/// The processor has `simd`; `x` is `[≥ tokens.end, cols]`; nobody else has these rows and tokens of `output`.
+pub(super) unsafe fn gemm_f32(
+    simd: Simd,
+    rows: Rows,
+    range: Range<usize>,
+    tokens: Range<usize>,
+    x: &[f32],
+    cols: usize,
+    output: Output,
+) {
+    assert!(x.len() >= tokens.end * cols);
+    if simd == Simd::Avx512 {
+        let b = Blocking { lanes: 32, tile: 8, tokens: 24, slice: F32_SLICE };
+        with_scratch(|scratch: &mut FloatScratch<32, { ROWS / 32 }>| {
+            let pack = |s: &mut FloatScratch<32, _>, panel, first, count, k, n| {
+                s.pack_f32(panel, simd, rows, first, count, k, n)
+            };
+            let tile = |s: &FloatScratch<32, _>, t: Tile| {
+                let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * cols + t.k..]);
+                // SAFETY: the caller has AVX-512; the panel holds `n` columns, `x` `count` rows from here, `y` a tile.
+                unsafe {
+                    with_count!(t.count, [1 2 3 4 5 6 7 8], tile_avx512, (t.n, x.as_ptr(), cols, w, t.y, t.stride))
+                }
+            };
+            // SAFETY: says the caller.
+            unsafe { blocked(b, (range, tokens, cols), output, scratch, pack, tile) }
+        })
+    } else {
+        let b = Blocking { lanes: 16, tile: 6, tokens: 24, slice: F32_SLICE };
+        with_scratch(|scratch: &mut FloatScratch<16, { ROWS / 16 }>| {
+            let pack = |s: &mut FloatScratch<16, _>, panel, first, count, k, n| {
+                s.pack_f32(panel, simd, rows, first, count, k, n)
+            };
+            let tile = |s: &FloatScratch<16, _>, t: Tile| {
+                let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * cols + t.k..]);
+                // SAFETY: as above, with AVX2.
+                unsafe {
+                    with_count!(t.count, [1 2 3 4 5 6], tile_avx2, (t.n, x.as_ptr(), cols, w, t.y, t.stride))
+                }
+            };
+            // SAFETY: says the caller.
+            unsafe { blocked(b, (range, tokens, cols), output, scratch, pack, tile) }
+        })
+    }
+}
+
+/// `y[M, 16] += x[M, n] · panel[n, 16]`.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn tile_avx2<const M: usize>(
+    n: usize,
+    x: *const f32,
+    x_stride: usize,
+    panel: *const f32,
+    y: *mut f32,
+    y_stride: usize,
+) {
+    let mut acc = [[_mm256_setzero_ps(); 2]; M];
+    // SAFETY: the caller vouches for M rows of x and y and n columns of the panel.
+    unsafe {
+        for i in 0..n {
+            let w = [_mm256_load_ps(panel.add(16 * i)), _mm256_load_ps(panel.add(16 * i + 8))];
+            for t in 0..M {
+                let v = _mm256_broadcast_ss(&*x.add(t * x_stride + i));
+                acc[t][0] = _mm256_fmadd_ps(v, w[0], acc[t][0]);
+                acc[t][1] = _mm256_fmadd_ps(v, w[1], acc[t][1]);
+            }
+        }
+        for (t, acc) in acc.iter().enumerate() {
+            for (half, acc) in acc.iter().enumerate() {
+                let y = y.add(t * y_stride + 8 * half);
+                _mm256_storeu_ps(y, _mm256_add_ps(_mm256_loadu_ps(y), *acc));
+            }
+        }
+    }
+}
+
+/// `y[M, 32] += x[M, n] · panel[n, 32]`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn tile_avx512<const M: usize>(
+    n: usize,
+    x: *const f32,
+    x_stride: usize,
+    panel: *const f32,
+    y: *mut f32,
+    y_stride: usize,
+) {
+    let mut acc = [[_mm512_setzero_ps(); 2]; M];
+    // SAFETY: the caller vouches for M rows of x and y and n columns of the panel.
+    unsafe {
+        for i in 0..n {
+            let w = [_mm512_load_ps(panel.add(32 * i)), _mm512_load_ps(panel.add(32 * i + 16))];
+            for t in 0..M {
+                let v = _mm512_set1_ps(*x.add(t * x_stride + i));
+                acc[t][0] = _mm512_fmadd_ps(v, w[0], acc[t][0]);
+                acc[t][1] = _mm512_fmadd_ps(v, w[1], acc[t][1]);
+            }
+        }
+        add_avx512(&acc, y, y_stride);
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn add_avx512<const M: usize>(acc: &[[__m512; 2]; M], y: *mut f32, y_stride: usize) {
+    for (t, acc) in acc.iter().enumerate() {
+        for (half, acc) in acc.iter().enumerate() {
+            // SAFETY: the caller vouches for M rows of 32.
+            unsafe {
+                let y = y.add(t * y_stride + 16 * half);
+                _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), *acc));
+            }
+        }
+    }
+}
+
+/// `y[tokens, rows] += x · Wᵀ` from bf16 weights and inputs, summed in f32; `x` is `[tokens, pairs]` of two bf16 each
+/// (see [`round_bf16`]).
+///
+/// # Safety
+/// As [`gemm_f32`], with AVX-512.
+pub(super) unsafe fn gemm_bf16(
+    rows: Rows,
+    range: Range<usize>,
+    tokens: Range<usize>,
+    x: &[u32],
+    cols: usize,
+    output: Output,
+) {
+    let pairs = cols.div_ceil(2);
+    assert!(x.len() >= tokens.end * pairs);
+    let b = Blocking { lanes: 32, tile: 8, tokens: 24, slice: 2 * F32_SLICE };
+    with_scratch(|scratch: &mut FloatScratch<32, { ROWS / 32 }>| {
+        let pack = |s: &mut FloatScratch<32, _>, panel, first, count, k, n| {
+            s.pack_bf16(panel, Simd::Avx512, rows, first, count, k, n)
+        };
+        let tile = |s: &FloatScratch<32, _>, t: Tile| {
+            let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * pairs + t.k / 2..]);
+            let n = t.n.div_ceil(2);
+            // SAFETY: the caller has AVX-512; the panel holds `n` columns, `x` `count` rows from here, `y` a tile.
+            unsafe {
+                with_count!(t.count, [1 2 3 4 5 6 7 8], tile_bf16, (n, x.as_ptr(), pairs, w, t.y, t.stride))
+            }
+        };
+        // SAFETY: says the caller.
+        unsafe { blocked(b, (range, tokens, cols), output, scratch, pack, tile) }
+    })
+}
+
+/// `y[M, 32] += x[M, n] · panel[n, 32]` in pairs of bf16.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn tile_bf16<const M: usize>(
+    n: usize,
+    x: *const u32,
+    x_stride: usize,
+    panel: *const __m512i,
+    y: *mut f32,
+    y_stride: usize,
+) {
+    let mut acc = [[_mm512_setzero_ps(); 2]; M];
+    // SAFETY: the caller vouches for M rows of x and y and n columns of the panel; both vector types are 64 plain
+    // bytes.
+    unsafe {
+        let pairs = |v: __m512i| std::mem::transmute::<__m512i, __m512bh>(v);
+        for i in 0..n {
+            let w = [_mm512_load_si512(panel.add(2 * i)), _mm512_load_si512(panel.add(2 * i + 1))];
+            for t in 0..M {
+                let v = pairs(_mm512_set1_epi32(*x.add(t * x_stride + i) as i32));
+                acc[t][0] = _mm512_dpbf16_ps(acc[t][0], v, pairs(w[0]));
+                acc[t][1] = _mm512_dpbf16_ps(acc[t][1], v, pairs(w[1]));
+            }
+        }
+        add_avx512(&acc, y, y_stride);
+    }
+}

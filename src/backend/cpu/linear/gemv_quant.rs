@@ -1,0 +1,81 @@
+//! Few tokens by block formats: bound by reading the weights, each block read once for all tokens, straight from
+//! where it lies.
+
+use super::{
+    super::Simd,
+    gemm::Output,
+    gemv_float::TOKENS,
+    levels::{GROUP, Levels, SLICE, form},
+    pack::{Rows, unpack},
+    quantize::{Activations, Token},
+};
+use std::ops::Range;
+
+/// `y[tokens, rows] = x · Wᵀ`.
+///
+/// # Safety
+/// The processor has `simd`; nobody else has these rows of `output`.
+pub(super) unsafe fn gemv_quant(
+    simd: Simd,
+    rows: Rows,
+    range: Range<usize>,
+    x: &Activations,
+    output: Output,
+) {
+    for token in (0..x.tokens()).step_by(TOKENS) {
+        let count = TOKENS.min(x.tokens() - token);
+        let tokens: [Token; TOKENS] = std::array::from_fn(|i| x.token(token + i.min(count - 1)));
+        let put = |row: usize, y: &[f32]| {
+            for (i, &y) in y.iter().enumerate() {
+                // SAFETY: a row and a token in range, ours alone says the caller.
+                unsafe { output.put(token + i, row, y) }
+            }
+        };
+        #[cfg(target_arch = "x86_64")]
+        if simd != Simd::Portable {
+            // SAFETY: the level says that the processor has AVX2; rows and tokens have the same number of columns.
+            unsafe {
+                match count {
+                    1 => super::dots_avx2::rows(rows, range.clone(), &[tokens[0]], put),
+                    2 => super::dots_avx2::rows(rows, range.clone(), &[tokens[0], tokens[1]], put),
+                    3 => super::dots_avx2::rows(rows, range.clone(), &[tokens[0], tokens[1], tokens[2]], put),
+                    _ => super::dots_avx2::rows(rows, range.clone(), &tokens, put),
+                }
+            }
+            continue;
+        }
+        for row in range.clone() {
+            let mut y = [0.0; TOKENS];
+            portable(rows, row, x.cols(), &tokens[..count], &mut y[..count]);
+            put(row, &y[..count]);
+        }
+    }
+}
+
+/// What every integer kernel computes, up to the order of its f32 additions.
+fn portable(rows: Rows, row: usize, cols: usize, tokens: &[Token], y: &mut [f32]) {
+    let halves = form(rows.dtype).is_some_and(|form| form.halves);
+    let mut levels = Levels::ZERO;
+    let slice = SLICE / rows.dtype.block_len() * rows.dtype.block_bytes();
+    for (k, blocks) in (0..cols).step_by(SLICE).zip(rows.row(row).chunks(slice)) {
+        unpack(Simd::Portable, rows.dtype, blocks, &mut levels);
+        let n = SLICE.min(cols - k);
+        for (token, y) in tokens.iter().zip(&mut *y) {
+            let x = token.after(k);
+            let product = |start: usize, len: usize| -> i32 {
+                let pairs = levels.q[start..start + len].iter().zip(&x.q[start..]);
+                pairs.map(|(&w, &v)| i32::from(w) * i32::from(v)).sum()
+            };
+            for g in 0..n / GROUP {
+                let (sum, offset) = if halves {
+                    let half = |h: usize| levels.sub[h] * product(16 * h, 16);
+                    let min = |h: usize| levels.min[h] * x.half_sum[h];
+                    (half(2 * g) + half(2 * g + 1), min(2 * g) + min(2 * g + 1))
+                } else {
+                    (product(GROUP * g, GROUP), levels.min[g] * x.pair[g][1])
+                };
+                *y += sum as f32 * (levels.scale[g] * x.pair[g][0]) + offset;
+            }
+        }
+    }
+}

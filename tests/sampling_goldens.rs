@@ -1,0 +1,144 @@
+//! The sampler and the penalties against recorded runs of the published program.
+
+use c2c::engine::{Rules, Sampler, SamplingParams, TokenCounts};
+use safetensors::{Dtype, SafeTensors};
+use std::{collections::HashMap, fs, path::PathBuf};
+
+/// A file of the goldens: `C2C_GOLDENS`, where it has the file, else the shared folder.
+fn golden(name: &str) -> Option<Vec<u8>> {
+    let shared = std::env::var_os("C2C_SHARED").map_or_else(|| PathBuf::from("../shared"), PathBuf::from);
+    let own = std::env::var_os("C2C_GOLDENS").map(PathBuf::from);
+    let mut folders = own.into_iter().chain([shared.join("goldens")]);
+    let found = folders.find_map(|folder| fs::read(folder.join(name)).ok());
+    if found.is_none() {
+        eprintln!("skipped: no golden file {name}; set C2C_SHARED or C2C_GOLDENS");
+    }
+    found
+}
+
+fn metadata(file: &[u8]) -> HashMap<String, String> {
+    SafeTensors::read_metadata(file).unwrap().1.metadata().clone().unwrap_or_default()
+}
+
+/// Rows of the innermost dimension.
+fn floats(file: &SafeTensors, name: &str) -> Vec<Vec<f32>> {
+    let tensor = file.tensor(name).unwrap();
+    assert_eq!(tensor.dtype(), Dtype::F32, "{name}");
+    let values: Vec<f32> =
+        tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    values.chunks(*tensor.shape().last().unwrap()).map(<[f32]>::to_vec).collect()
+}
+
+fn ids(file: &SafeTensors, name: &str) -> Vec<u32> {
+    let tensor = file.tensor(name).unwrap();
+    assert_eq!(tensor.dtype(), Dtype::I64, "{name}");
+    tensor.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect()
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn probabilities_of_the_published_sampler() {
+    let Some(bytes) = golden("sampling.safetensors") else { return };
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let logits = floats(&file, "logits");
+    let mut settings = 0;
+    for (name, setting) in metadata(&bytes).iter().filter(|(name, _)| name.as_str() != "note") {
+        let setting: serde_json::Value = serde_json::from_str(setting).unwrap();
+        let number =
+            |key: &str, default: f64| setting.get(key).map_or(default, |v| v.as_f64().unwrap()) as f32;
+        let params = SamplingParams {
+            temperature: number("temperature", 1.0),
+            top_k: setting.get("top_k").and_then(|k| usize::try_from(k.as_i64()?).ok()),
+            top_p: number("top_p", 1.0),
+            rules: Rules::Published,
+            ..Default::default()
+        };
+        let mut sampler = Sampler::new(params.clone(), &[]).unwrap();
+        let expected = format!("{name}.probs_given_to_multinomial");
+        let expected = file.names().contains(&expected.as_str()).then(|| floats(&file, &expected));
+        let drawn = ids(&file, &format!("{name}.token_if_argmax_drawn"));
+        for (row, logits) in logits.iter().enumerate() {
+            let mut found = sampler.probabilities(logits).unwrap();
+            let best = (0..found.len()).rev().max_by(|&a, &b| found[a].total_cmp(&found[b])).unwrap();
+            assert_eq!(best as u32, drawn[row], "{name}, row {row}");
+            match &expected {
+                Some(expected) => {
+                    if params.top_p < 1.0 {
+                        // Such rows were recorded in the order of the published program's sort.
+                        found.sort_by(|a, b| b.total_cmp(a));
+                    }
+                    let difference = largest_difference(&found, &expected[row]);
+                    assert!(difference < 1e-6, "{name}, row {row}: {difference}");
+                }
+                None => {
+                    assert!(params.is_greedy(), "{name} has no probabilities");
+                    assert_eq!(sampler.sample(logits).unwrap().token, drawn[row], "{name}, row {row}");
+                }
+            }
+        }
+        settings += 1;
+    }
+    assert!(settings > 0, "the file has settings in its metadata");
+    eprintln!("{settings} settings × {} rows", logits.len());
+}
+
+#[test]
+fn penalties_of_the_published_program() {
+    let Some(manifest) = golden("manifest.json") else { return };
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    let mut steps = 0;
+    for case in manifest["pairs"].as_array().unwrap() {
+        let Some(options) = case.get("options").and_then(|options| options.as_object()) else { continue };
+        let name = case["file"].as_str().unwrap();
+        let Some(bytes) = golden(name) else { continue };
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        for (option, penalties) in options {
+            let raw = format!("penalty_{option}.raw");
+            if !file.names().contains(&raw.as_str()) {
+                eprintln!("skipped: {name} has no {raw}");
+                continue;
+            }
+            let raw = floats(&file, &raw);
+            let adjusted = floats(&file, &format!("penalty_{option}.adjusted"));
+            let sequence = ids(&file, &format!("penalty_{option}.sequences"));
+            assert_eq!(raw.len(), adjusted.len());
+            let (prompt, answer) = sequence.split_at(sequence.len() - raw.len());
+            let params = parse_penalties(penalties.as_str().unwrap());
+            let mut counts = TokenCounts::new(prompt);
+            let mut sampler = Sampler::new(params.clone(), prompt).unwrap();
+            for (step, &token) in answer.iter().enumerate() {
+                let mut found = raw[step].clone();
+                counts.penalise(&params, &mut found);
+                let difference = largest_difference(&found, &adjusted[step]);
+                assert!(difference < 1e-6, "{name} {option}, step {step}: {difference}");
+                assert_eq!(sampler.sample(&raw[step]).unwrap().token, token, "{name} {option}, step {step}");
+                counts.push(token);
+                steps += 1;
+            }
+        }
+    }
+    match steps {
+        0 => eprintln!("skipped: no case of the manifest has penalties"),
+        _ => eprintln!("{steps} steps"),
+    }
+}
+
+/// `repetition 1.2 presence 0.7 frequency 0.3`
+fn parse_penalties(text: &str) -> SamplingParams {
+    let mut params = SamplingParams { rules: Rules::Published, ..Default::default() };
+    let words: Vec<&str> = text.split_whitespace().collect();
+    for pair in words.chunks(2) {
+        let value: f32 = pair[1].parse().unwrap();
+        match pair[0] {
+            "repetition" => params.repetition_penalty = value,
+            "presence" => params.presence_penalty = value,
+            "frequency" => params.frequency_penalty = value,
+            other => panic!("unknown penalty {other}"),
+        }
+    }
+    params
+}
