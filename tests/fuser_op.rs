@@ -234,6 +234,8 @@ fn every_kind_agrees_with_its_formulae() {
             ([1, 4, 2, 6], 1, Simd::Portable),
             ([3, 10, 2, 8], 7, Simd::Avx2),
             ([2, 32, 5, 6], 54, Simd::Avx512),
+            // More than are worked on at once.
+            ([1, 4, 2, 4], 521, Simd::Avx512),
         ] {
             let case = Case::new(kind, dims, tokens, simd);
             let gates = if kind.has_gates() { [1.0, 0.25] } else { [1.0, 1.0] };

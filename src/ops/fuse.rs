@@ -85,7 +85,11 @@ pub struct FuseOperands {
     pub scratch: Tensor,
 }
 
-/// Elements of scratch that [`fuse`] needs: per token its input row, three hidden rows, one inner row, the projected row
+/// Most tokens that are worked on at once: enough to be bound by arithmetic, few enough for activations to stay in the
+/// cache and scratch to stay small.
+pub(crate) const FUSE_CHUNK: usize = 512;
+
+/// Elements of scratch that [`fuse`] needs: per token of a chunk its input row, three hidden rows, one inner row, the projected row
 /// and the weights of the heads.
 pub fn fuse_scratch_len(
     p: &Projector,
@@ -96,14 +100,14 @@ pub fn fuse_scratch_len(
 ) -> usize {
     let stage = p.source_stage.as_ref().map_or(0, |stage| stage.input.rows());
     let input = p.input.cols().max(source_width);
-    tokens * (input + 3 * p.hidden().max(stage) + p.inner() + target_width + kv_heads)
+    tokens.min(FUSE_CHUNK) * (input + 3 * p.hidden().max(stage) + p.inner() + target_width + kv_heads)
 }
 
 /// Fuses `tokens` columns of one layer: `out = base + gate · w · p`.
 ///
 /// Without `use_target` the projection takes the target's place: `out = base − gate · target + gate · w · p`, which is
 /// `p` alone where `base` is the target. With a closed gate nothing is computed: `base` is copied to `out` where they
-/// are not already the same slots. `out` may be `base` and `target`.
+/// are not already the same slots. A slot of `out` may be the same token's slot of `base` and `target`, and no other.
 pub fn fuse(queue: &Queue, p: FuseParams, operands: &FuseOperands) -> Result<(), ShapeError> {
     const OP: &str = "fuse";
     let o = operands;

@@ -15,6 +15,7 @@ mod rope;
 
 pub use attention::{AttentionOperands, AttentionParams, paged_attention};
 pub use embed::{EmbedParams, embed};
+pub(crate) use fuse::FUSE_CHUNK;
 pub use fuse::{Ffn, FuseOperands, FuseParams, Projector, SourceStage, fuse, fuse_scratch_len};
 pub use gather::{KvPages, copy_slots, gather_rows};
 pub use glu::{Activation, GluParams, glu, soft_cap};

@@ -10,32 +10,36 @@ use super::{
 };
 use crate::{
     backend::{Precision, Tensor},
-    ops::{Activation, Ffn, FuseOperands, FuseParams, KvPages, Projector, Weight},
+    ops::{Activation, FUSE_CHUNK, Ffn, FuseOperands, FuseParams, KvPages, Projector, Weight},
 };
+use std::ops::Range;
 
 /// Of the fuser's RMSNorm, whatever the models use.
 const NORM_EPS: f32 = 1e-6;
 
 pub(super) fn fuse(team: &mut Team, simd: Simd, p: FuseParams, o: &FuseOperands) {
-    let mut rows = Rows { team, simd, precision: p.precision, tokens: p.tokens as usize };
-    for (half, projector, gate) in
-        [(Half::Keys, &o.keys, p.key_gate), (Half::Values, &o.values, p.value_gate)]
-    {
-        let columns = |pages, slots| Columns::new(half, pages, slots);
-        let base = columns(&o.base, &o.base_slots);
-        let out = columns(&o.out, &o.out_slots);
+    let halves = [(Half::Keys, &o.keys, p.key_gate), (Half::Values, &o.values, p.value_gate)];
+    for (half, projector, gate) in halves {
+        let base = Columns::new(half, &o.base, &o.base_slots);
+        let out = Columns::new(half, &o.out, &o.out_slots);
         if gate == 0.0 {
             copy(base, out);
             continue;
         }
-        let source = columns(&o.source, &o.source_slots);
-        let target = columns(&o.target, &o.target_slots);
-        let scratch = o.scratch.host_mut::<f32>();
-        // Without a target in the projector, the projection replaces it.
-        let (input, replaced) = if p.use_target { (Some(target), None) } else { (None, Some(target)) };
-        let (fused, weights) = rows.project(projector, source, input, out.width(), scratch);
-        rows.add_base(fused, weights, gate, base, replaced);
-        rows.store(fused, out);
+        let source = Columns::new(half, &o.source, &o.source_slots);
+        let target = Columns::new(half, &o.target, &o.target_slots);
+        let tokens = p.tokens as usize;
+        for first in (0..tokens).step_by(FUSE_CHUNK) {
+            let chunk = first..(first + FUSE_CHUNK).min(tokens);
+            let [source, target, base, out] = [source, target, base, out].map(|all| all.part(chunk.clone()));
+            let mut rows = Rows { team, simd, precision: p.precision, tokens: chunk.len() };
+            // A projector that does not read the target replaces it.
+            let (input, replaced) = if p.use_target { (Some(target), None) } else { (None, Some(target)) };
+            let scratch = o.scratch.host_mut::<f32>();
+            let (fused, weights) = rows.project(projector, source, input, out.width(), scratch);
+            rows.add_base(fused, weights, gate, base, replaced);
+            rows.store(fused, out);
+        }
     }
 }
 
@@ -60,6 +64,11 @@ impl<'a> Columns<'a> {
             Half::Values => &pages.values,
         };
         Columns { pages, tensor, slots: slots.host::<u32>() }
+    }
+
+    /// Those of some of the tokens.
+    fn part(self, tokens: Range<usize>) -> Columns<'a> {
+        Columns { slots: &self.slots[tokens], ..self }
     }
 
     fn width(self) -> usize {

@@ -10,7 +10,7 @@ use crate::backend::DType;
 use memmap2::Mmap;
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    io::{Cursor, Read},
+    io::Cursor,
     sync::Arc,
 };
 use zip::{CompressionMethod, ZipArchive, result::ZipError};
@@ -38,7 +38,7 @@ pub(super) fn read_state_dict(file: &Arc<Mmap>) -> Result<BTreeMap<String, Entry
     let pickle = archive.pickle()?;
     let mut storages = HashSet::new();
     let mut entries = BTreeMap::new();
-    for (name, view) in unpickle(&pickle)? {
+    for (name, view) in unpickle(pickle)? {
         let fail = |problem: String| PickleError::Tensor { tensor: name.clone(), problem };
         let offset = archive.locate(&view).map_err(fail)?;
         // Else a small file could make many large tensors.
@@ -93,7 +93,7 @@ impl<'a> Archive<'a> {
         }
     }
 
-    fn pickle(&self) -> Result<Vec<u8>, PickleError> {
+    fn pickle(&self) -> Result<&'a [u8], PickleError> {
         let missing = || PickleError::Archive("no data.pkl inside".into());
         let &(start, len) = self.entries.get("data.pkl").ok_or_else(missing)?;
         if len as u64 > MAX_PICKLE {
@@ -101,10 +101,7 @@ impl<'a> Archive<'a> {
                 "data.pkl has {len} bytes, at most {MAX_PICKLE} are read"
             )));
         }
-        let mut pickle = Vec::with_capacity(len);
-        let mut bytes = &self.file[start..start + len];
-        bytes.read_to_end(&mut pickle).map_err(|error| PickleError::Zip(error.into()))?;
-        Ok(pickle)
+        Ok(&self.file[start..start + len])
     }
 
     /// Offset of a tensor in the file.
@@ -408,7 +405,7 @@ impl<'a> Machine<'a> {
     }
 
     fn set_items(&mut self, items: &[Id]) -> Result<(), PickleError> {
-        if items.len() % 2 != 0 {
+        if !items.len().is_multiple_of(2) {
             return self.fail("a key without value");
         }
         let dict = self.top()?;
