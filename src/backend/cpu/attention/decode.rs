@@ -2,10 +2,11 @@
 //!
 //! A task takes a stretch of a sequence's keys (split-K, as in FlashDecoding) and leaves a *partial result* per row:
 //! `[rows][wide]` weighted sums of values, `[rows]` maxima, `[rows]` sums of exponentials. Elements of a head lie across the
-//! lanes of registers; up to three rows by four keys (or registers of a value) are worked on together.
+//! lanes of registers; up to four rows are worked on together, with as
+//! many keys, or registers of a value, as AVX2 has registers for.
 
 use super::{
-    Call, Exponent, Scratch, block_of, page_ptr,
+    Call, Exponent, Scratch, page_ptr,
     plan::{Reduction, Task},
     vector::{PageElement, Vector, tanh},
     widen_row,
@@ -128,22 +129,24 @@ unsafe fn attend<V: Vector, T: PageElement>(
 ) {
     let mut r = 0;
     while r < count {
-        let block = block_of(count - r);
+        // As even as blocks of up to 4 can be.
+        let block = (count - r).div_ceil((count - r).div_ceil(4));
         // SAFETY: the caller's promise.
         unsafe {
             match block {
-                1 => attend_block::<V, T, 1>(rows, r, stretch, &sight),
-                2 => attend_block::<V, T, 2>(rows, r, stretch, &sight),
-                _ => attend_block::<V, T, 3>(rows, r, stretch, &sight),
+                1 => attend_block::<V, T, 1, 4, 4>(rows, r, stretch, &sight),
+                2 => attend_block::<V, T, 2, 4, 4>(rows, r, stretch, &sight),
+                3 => attend_block::<V, T, 3, 2, 3>(rows, r, stretch, &sight),
+                _ => attend_block::<V, T, 4, 2, 2>(rows, r, stretch, &sight),
             }
         }
         r += block;
     }
 }
 
-/// Takes a stretch into the running results of rows `first..first + R`.
+/// Takes a stretch into the running results of rows `first..first + R`, B keys, then C registers of values at a time.
 #[inline(always)]
-unsafe fn attend_block<V: Vector, T: PageElement, const R: usize>(
+unsafe fn attend_block<V: Vector, T: PageElement, const R: usize, const B: usize, const C: usize>(
     rows: &Rows,
     first: usize,
     stretch: &Stretch<T>,
@@ -156,30 +159,37 @@ unsafe fn attend_block<V: Vector, T: PageElement, const R: usize>(
         let scores = rows.scores.add(first * KEYS);
         let mut key = 0;
         while key < stretch.count {
-            let at = stretch.offsets.as_ptr().add(key);
-            let offsets = [*at, *at.add(1), *at.add(2), *at.add(3)];
+            let offsets = stretch.offsets.as_ptr().add(key).cast::<[usize; B]>().read();
             if first == 0 {
-                prefetch::<V, T>(stretch.values, offsets, wide);
+                prefetch::<V, T>(stretch.values, &offsets, wide);
             }
-            let mut sums = [[V::splat(0.0); 4]; R];
+            let mut sums = [[V::splat(0.0); B]; R];
             let mut d = 0;
             while d < wide {
-                let mut k = [V::splat(0.0); 4];
-                for i in 0..4 {
+                let mut k = [V::splat(0.0); B];
+                for i in 0..B {
                     k[i] = T::load(stretch.keys.add(offsets[i] + d));
                 }
                 for r in 0..R {
                     let q = V::load(q.add(r * wide + d));
-                    for i in 0..4 {
+                    for i in 0..B {
                         sums[r][i] = q.mul_add(k[i], sums[r][i]);
                     }
                 }
                 d += V::LANES;
             }
-            for r in 0..R {
-                scores.add(r * KEYS + key).cast::<[f32; 4]>().write_unaligned(V::sums(sums[r]));
+            let mut n = 0;
+            while n < R * B {
+                let mut four = [V::splat(0.0); 4];
+                for (i, x) in four.iter_mut().enumerate().take(R * B - n) {
+                    *x = sums[(n + i) / B][(n + i) % B];
+                }
+                for (i, &s) in V::sums(four).iter().enumerate().take(R * B - n) {
+                    *scores.add((n + i) / B * KEYS + key + (n + i) % B) = s;
+                }
+                n += 4;
             }
-            key += 4;
+            key += B;
         }
 
         let mut shrink = [0.0; R];
@@ -193,17 +203,13 @@ unsafe fn attend_block<V: Vector, T: PageElement, const R: usize>(
         let mut d = 0;
         while d < wide {
             let left = (wide - d) / V::LANES;
-            let taken = if left >= 4 {
-                4
-            } else if left >= 2 {
-                2
+            let taken = if left >= C { C } else { left.min(2) };
+            if taken == C {
+                weigh::<V, T, R, C>(stretch, d, scores, sums.add(d), wide, shrink)
+            } else if taken == 2 {
+                weigh::<V, T, R, 2>(stretch, d, scores, sums.add(d), wide, shrink)
             } else {
-                1
-            };
-            match taken {
-                4 => weigh::<V, T, R, 4>(stretch, d, scores, sums.add(d), wide, shrink),
-                2 => weigh::<V, T, R, 2>(stretch, d, scores, sums.add(d), wide, shrink),
-                _ => weigh::<V, T, R, 1>(stretch, d, scores, sums.add(d), wide, shrink),
+                weigh::<V, T, R, 1>(stretch, d, scores, sums.add(d), wide, shrink)
             }
             d += taken * V::LANES;
         }
@@ -212,7 +218,7 @@ unsafe fn attend_block<V: Vector, T: PageElement, const R: usize>(
 
 /// Asks for values while keys are being worked on: memory is what decoding waits for.
 #[inline(always)]
-unsafe fn prefetch<V: Vector, T>(values: *const T, offsets: [usize; 4], wide: usize) {
+unsafe fn prefetch<V: Vector, T>(values: *const T, offsets: &[usize], wide: usize) {
     for offset in offsets {
         let mut d = 0;
         while d < wide {

@@ -215,11 +215,6 @@ unsafe fn widen_row<V: Vector, T: PageElement>(from: *const T, dim: usize, to: *
     }
 }
 
-/// Rows or registers in the next block when `left` remain and a block holds 3: as even as it can be.
-fn block_of(left: usize) -> usize {
-    left.div_ceil(left.div_ceil(3))
-}
-
 /// A thread's working memory, kept between calls.
 #[derive(Default)]
 struct Scratch(Vec<CacheLine>);

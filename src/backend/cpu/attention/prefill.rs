@@ -9,11 +9,11 @@
 //! Sᵀ[key][row] = Σ_d K[key][d] · Qᵀ[d][row]        Oᵀ[d][row] = Σ_key V[key][d] · Pᵀ[key][row]
 //! ```
 //!
-//! Up to three registers of rows make a *panel*; a 4 × 3 block of sums fills the register file of AVX2. A row's
-//! numbers don't depend on the rows beside it: a key that it doesn't see adds exactly 0.
+//! One or two registers of rows make a *panel*; a 6 × 2 block of sums fills the register file of AVX2, with no spill. A
+//! row's numbers don't depend on the rows beside it: a key that it doesn't see adds exactly 0.
 
 use super::{
-    Call, Exponent, Scratch, Sequence, block_of, page_ptr,
+    Call, Exponent, Scratch, Sequence, page_ptr,
     plan::Task,
     vector::{PageElement, Vector, tanh},
     widen_row,
@@ -22,15 +22,18 @@ use crate::backend::{DType, cpu::Element};
 use half::bf16;
 
 /// Keys in a tile. Tiles begin at multiples of it.
-const KEYS: usize = 64;
+const KEYS: usize = 48;
 
-/// Keys, or elements of a value, whose sums are held in registers together. Divides [`KEYS`].
-const BLOCK: usize = 4;
+/// Keys whose scores are held in registers together. Divides [`KEYS`].
+const BLOCK: usize = 6;
+
+/// Registers of rows in a panel, at most.
+const PANEL: usize = 2;
 
 /// The working memory of a task.
 struct Tile<'a> {
     call: &'a Call<'a>,
-    /// Of a key or value in `keys`, `values`: `dim` rounded up to [`BLOCK`].
+    /// Of a key or value in `keys`, `values`: `dim` rounded up to a multiple of 4.
     stride: usize,
     /// `[KEYS][stride]`.
     keys: &'a mut [f32],
@@ -54,7 +57,7 @@ struct Panel {
 struct Sight {
     from: usize,
     to: usize,
-    bounds: Option<[[f32; 3 * 16]; 2]>,
+    bounds: Option<[[f32; PANEL * 16]; 2]>,
 }
 
 /// # Safety
@@ -65,11 +68,11 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
     let rows = (task.to - task.from) * call.group;
     let registers = rows.div_ceil(V::LANES);
     let padded = registers * V::LANES;
-    let stride = call.dim.next_multiple_of(BLOCK);
+    let stride = call.dim.next_multiple_of(4);
     let lens = [
         KEYS * stride,
         KEYS * stride,
-        KEYS * 3 * V::LANES,
+        KEYS * PANEL * V::LANES,
         padded * call.dim,
         padded * stride,
         padded,
@@ -85,7 +88,7 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
         |r: usize| (sequence.row + task.from + r / call.group, task.kv_head * call.group + r % call.group);
     let mut at = 0;
     while at < registers {
-        let width = block_of(registers - at) * V::LANES;
+        let width = PANEL.min(registers - at) * V::LANES;
         let panel = &mut q[at * V::LANES * call.dim..][..width * call.dim];
         for lane in 0..width {
             let r = at * V::LANES + lane;
@@ -114,7 +117,7 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
         }
         let mut at = 0;
         while at < registers {
-            let count = block_of(registers - at);
+            let count = PANEL.min(registers - at);
             let lane = at * V::LANES;
             let panel = Panel {
                 q: q[lane * call.dim..].as_ptr(),
@@ -128,8 +131,7 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
                 unsafe {
                     match count {
                         1 => tile.attend::<V, 1>(&panel, &sight, exponent),
-                        2 => tile.attend::<V, 2>(&panel, &sight, exponent),
-                        _ => tile.attend::<V, 3>(&panel, &sight, exponent),
+                        _ => tile.attend::<V, PANEL>(&panel, &sight, exponent),
                     }
                 }
             }
@@ -139,7 +141,7 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
 
     let mut at = 0;
     while at < registers {
-        let width = block_of(registers - at) * V::LANES;
+        let width = PANEL.min(registers - at) * V::LANES;
         let lane = at * V::LANES;
         for r in lane..(lane + width).min(rows) {
             let (token, head) = row_of(r);
@@ -175,7 +177,7 @@ impl Sight {
         let to = (seen_to - start).next_multiple_of(BLOCK);
         let mut sight = Sight { from, to, bounds: None };
         if first + 1 < start + to || call.first_key(last) > start + from {
-            let [mut from, mut to] = [[0.0; 3 * 16]; 2];
+            let [mut from, mut to] = [[0.0; PANEL * 16]; 2];
             let relative = |key: usize| (key as isize - start as isize) as f32;
             for r in 0..width {
                 from[r] = relative(call.first_key(at(lane + r)));
@@ -221,12 +223,12 @@ impl Tile<'_> {
     unsafe fn attend<V: Vector, const N: usize>(&mut self, panel: &Panel, sight: &Sight, exponent: Exponent) {
         let (dim, stride, width) = (self.call.dim, self.stride, N * V::LANES);
         let (keys, values, scores) = (self.keys.as_ptr(), self.values.as_ptr(), self.scores.as_mut_ptr());
-        // SAFETY: the caller's promise; `scores` holds KEYS × 3 registers, keys and values KEYS × stride.
+        // SAFETY: the caller's promise; `scores` holds KEYS × PANEL registers, keys and values KEYS × stride.
         unsafe {
             let mut largest = [V::splat(f32::NEG_INFINITY); N];
             let mut key = sight.from;
             while key < sight.to {
-                let mut s = product::<V, N>(keys.add(key * stride), stride, 1, panel.q, dim);
+                let mut s = product::<V, BLOCK, N>(keys.add(key * stride), stride, 1, panel.q, dim);
                 if let Some(inner) = exponent.inner {
                     for row in &mut s {
                         for x in row {
@@ -283,14 +285,41 @@ impl Tile<'_> {
             let (values, scores) = (values.add(sight.from * stride), scores.add(sight.from * width));
             let mut d = 0;
             while d < stride {
-                let o = product::<V, N>(values.add(d), 1, stride, scores, sight.to - sight.from);
-                for i in 0..BLOCK {
-                    for j in 0..N {
-                        let at = panel.out.add((d + i) * width + j * V::LANES);
-                        V::load(at).mul_add(shrink[j], o[i][j]).store(at);
-                    }
+                let (values, out) = (values.add(d), panel.out.add(d * width));
+                let count = sight.to - sight.from;
+                // A multiple of 4 is a sum of sixes and at most two fours.
+                if stride - d == 4 || stride - d == 8 {
+                    weigh::<V, 4, N>(values, stride, scores, count, shrink, out);
+                    d += 4;
+                } else {
+                    weigh::<V, 6, N>(values, stride, scores, count, shrink, out);
+                    d += 6;
                 }
-                d += BLOCK;
+            }
+        }
+    }
+}
+
+/// `out[i] = out[i] · shrink + Σ_key values[key][i] · scores[key]` for M elements of each value.
+///
+/// # Safety
+/// As of [`Vector`]; `values` is valid for `count` rows, `scores` and `out` for `count` and M times N registers.
+#[inline(always)]
+unsafe fn weigh<V: Vector, const M: usize, const N: usize>(
+    values: *const f32,
+    stride: usize,
+    scores: *const f32,
+    count: usize,
+    shrink: [V; N],
+    out: *mut f32,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let sums = product::<V, M, N>(values, 1, stride, scores, count);
+        for i in 0..M {
+            for j in 0..N {
+                let at = out.add((i * N + j) * V::LANES);
+                V::load(at).mul_add(shrink[j], sums[i][j]).store(at);
             }
         }
     }
@@ -311,20 +340,20 @@ unsafe fn load<V: Vector, const N: usize>(from: *const f32, to: &mut [V; N]) {
 /// # Safety
 /// As of [`Vector`]; `a` is valid for those indices, `b` for `steps` × N registers.
 #[inline(always)]
-unsafe fn product<V: Vector, const N: usize>(
+unsafe fn product<V: Vector, const M: usize, const N: usize>(
     a: *const f32,
     row: usize,
     step: usize,
     b: *const f32,
     steps: usize,
-) -> [[V; N]; BLOCK] {
+) -> [[V; N]; M] {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [[V::splat(0.0); N]; BLOCK];
+        let mut sums = [[V::splat(0.0); N]; M];
         for k in 0..steps {
             let mut lanes = [V::splat(0.0); N];
             load::<V, N>(b.add(k * N * V::LANES), &mut lanes);
-            for i in 0..BLOCK {
+            for i in 0..M {
                 let x = V::splat(*a.add(i * row + k * step));
                 for j in 0..N {
                     sums[i][j] = x.mul_add(lanes[j], sums[i][j]);

@@ -332,3 +332,85 @@ fn a_block_that_does_not_exist_is_refused() {
         assert!(outcome.is_err(), "{name} read past the pages");
     }
 }
+
+/// Processor time of this thread in seconds: other programs don't count.
+fn thread_time() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a plain system call on a valid struct.
+    assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) }, 0);
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+}
+
+/// Fused multiply-adds per second of one core with nothing else to do, in lanes.
+#[cfg(target_arch = "x86_64")]
+fn fma_peak() -> f64 {
+    use super::{Vector, vector::Avx2};
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn spin(n: usize) -> f32 {
+        // SAFETY: the features are enabled here.
+        unsafe {
+            let x = Avx2::splat(std::hint::black_box(0.999));
+            let mut acc = [Avx2::splat(1.0); 12];
+            for _ in 0..n {
+                for a in &mut acc {
+                    *a = x.mul_add(*a, x);
+                }
+            }
+            acc.iter().map(|a| Avx2::sums([*a; 4])[0]).sum()
+        }
+    }
+    let start = thread_time();
+    // SAFETY: only called where AVX2 is.
+    std::hint::black_box(unsafe { spin(2_000_000) });
+    2e6 * 12.0 * 8.0 / (thread_time() - start)
+}
+
+#[test]
+#[ignore = "a measurement"]
+#[cfg(target_arch = "x86_64")]
+fn speed() {
+    let kernels = Kernels::of(Simd::detect()).unwrap();
+    let mut team = Team::new(1);
+    for (heads, kv_heads, dim) in [(9, 3, 64), (14, 2, 64), (12, 2, 128)] {
+        for dtype in BOTH {
+            let shape = Shape { heads, kv_heads, dim, dtype, ..PLAIN };
+            for tokens in [512, 2048] {
+                let case = case(shape, &[(tokens, tokens)], &[1]);
+                let work = (heads * dim * 2) as f64 * (tokens * (tokens + 1) / 2) as f64;
+                let mut best = (0.0f64, 0.0);
+                for _ in 0..8 {
+                    let peak = fma_peak();
+                    let start = thread_time();
+                    run(&mut team, kernels, case.p, &case.o);
+                    let rate = work / (thread_time() - start);
+                    let peak = peak.max(fma_peak());
+                    if rate / peak > best.0 {
+                        best = (rate / peak, rate);
+                    }
+                }
+                println!(
+                    "{heads}/{kv_heads}×{dim} {dtype} T={tokens}: {:.1} GFLOP/s = {:.1} %",
+                    best.1 * 2e-9,
+                    best.0 * 100.0
+                );
+            }
+            for context in [50, 128, 600, 4096] {
+                let case = case(shape, &[(1, context)], &[1]);
+                let bytes = (context * kv_heads * dim * 2 * if dtype == DType::F32 { 4 } else { 2 }) as f64;
+                let mut best = f64::MAX;
+                for _ in 0..20 {
+                    let start = thread_time();
+                    for _ in 0..20 {
+                        run(&mut team, kernels, case.p, &case.o);
+                    }
+                    best = best.min((thread_time() - start) / 20.0);
+                }
+                println!(
+                    "{heads}/{kv_heads}×{dim} {dtype} decode {context}: {:.1} µs, {:.1} GB/s",
+                    best * 1e6,
+                    bytes / best * 1e-9
+                );
+            }
+        }
+    }
+}

@@ -265,23 +265,26 @@ impl Vector for Emulated {
     const LANES: usize = 16;
 
     methods! {
-        fn splat(x: f32) -> Self { Emulated([x; 16]) }
         fn load(from: *const f32) -> Self { Emulated(from.cast::<[f32; 16]>().read_unaligned()) }
         fn load_bf16(from: *const bf16) -> Self {
             Emulated(from.cast::<[bf16; 16]>().read_unaligned().map(PageElement::widen))
         }
         fn store(self: Self, to: *mut f32) -> () { to.cast::<[f32; 16]>().write_unaligned(self.0) }
-        fn mul_add(self: Self, b: Self, c: Self) -> Self {
-            Emulated(std::array::from_fn(|i| self.0[i].mul_add(b.0[i], c.0[i])))
-        }
-        fn sums(of: [Self; 4]) -> [f32; 4] { of.map(|v| v.0.iter().sum()) }
-        fn keep_within(self: Self, at: Self, first: Self, last: Self) -> Self {
-            Emulated(std::array::from_fn(|i| {
-                if at.0[i] >= first.0[i] && at.0[i] <= last.0[i] { self.0[i] } else { f32::NEG_INFINITY }
-            }))
-        }
     }
 
+    unsafe fn splat(x: f32) -> Self {
+        Emulated([x; 16])
+    }
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        Emulated(std::array::from_fn(|i| self.0[i].mul_add(b.0[i], c.0[i])))
+    }
+    unsafe fn keep_within(self, at: Self, first: Self, last: Self) -> Self {
+        let within = |i: usize| first.0[i] <= at.0[i] && at.0[i] <= last.0[i];
+        Emulated(std::array::from_fn(|i| if within(i) { self.0[i] } else { f32::NEG_INFINITY }))
+    }
+    unsafe fn sums(of: [Self; 4]) -> [f32; 4] {
+        of.map(|v| v.0.iter().sum())
+    }
     unsafe fn add(self, b: Self) -> Self {
         self.zip(b, |a, b| a + b)
     }
