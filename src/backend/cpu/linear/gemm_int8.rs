@@ -12,7 +12,11 @@ use super::{
     pack::{IntPanel, IntScratch, ROWS, Rows, with_scratch},
     quantize::Activations,
 };
-use std::{arch::x86_64::*, ops::Range};
+use std::{
+    arch::x86_64::*,
+    ops::Range,
+    sync::atomic::{Ordering::SeqCst, compiler_fence},
+};
 
 /// `y[tokens, rows] += x · Wᵀ`.
 ///
@@ -131,6 +135,8 @@ unsafe fn tile_avx2_of<const M: usize, const QUADS: usize, const HALVES: bool, c
             for chunk in 0..8 / QUADS {
                 let mut part = [[_mm256_setzero_si256(); 2]; M];
                 for quad in chunk * QUADS..(chunk + 1) * QUADS {
+                    // Left alone the compiler loads all quads first, and has registers for none.
+                    compiler_fence(SeqCst);
                     let at = levels.add(2 * (8 * g + quad));
                     let mut w = [_mm256_load_si256(at), _mm256_load_si256(at.add(1))];
                     if SIGNED {
