@@ -30,7 +30,7 @@ pub(super) unsafe fn gemm_f32(
 ) {
     assert!(x.len() >= tokens.end * cols);
     if simd == Simd::Avx512 {
-        let b = Blocking { lanes: 32, tile: 8, tokens: 24, slice: F32_SLICE };
+        let b = Blocking { lanes: 32, tile: 8, tokens: 120, slice: F32_SLICE };
         with_scratch(|scratch: &mut FloatScratch<32, { ROWS / 32 }>| {
             let pack = |s: &mut FloatScratch<32, _>, panel, first, count, k, n| {
                 s.pack_f32(panel, simd, rows, first, count, k, n)
@@ -46,7 +46,7 @@ pub(super) unsafe fn gemm_f32(
             unsafe { blocked(b, (range, tokens, cols), output, scratch, pack, tile) }
         })
     } else {
-        let b = Blocking { lanes: 16, tile: 6, tokens: 24, slice: F32_SLICE };
+        let b = Blocking { lanes: 16, tile: 6, tokens: 120, slice: F32_SLICE };
         with_scratch(|scratch: &mut FloatScratch<16, { ROWS / 16 }>| {
             let pack = |s: &mut FloatScratch<16, _>, panel, first, count, k, n| {
                 s.pack_f32(panel, simd, rows, first, count, k, n)
@@ -64,6 +64,19 @@ pub(super) unsafe fn gemm_f32(
     }
 }
 
+/// Asks for the lines of a tile of results: they lie far apart, and by the time the sums are done they are here.
+#[inline(always)]
+pub(super) fn prefetch<const M: usize>(y: *const f32, y_stride: usize) {
+    for t in 0..M {
+        let row = y.wrapping_add(t * y_stride);
+        // SAFETY: every x86-64 processor has it, and it never faults.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(row.cast());
+            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(15).cast());
+        }
+    }
+}
+
 /// `y[M, 16] += x[M, n] · panel[n, 16]`.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn tile_avx2<const M: usize>(
@@ -75,6 +88,7 @@ unsafe fn tile_avx2<const M: usize>(
     y_stride: usize,
 ) {
     let mut acc = [[_mm256_setzero_ps(); 2]; M];
+    prefetch::<M>(y, y_stride);
     // SAFETY: the caller vouches for M rows of x and y and n columns of the panel.
     unsafe {
         for i in 0..n {
@@ -105,6 +119,7 @@ unsafe fn tile_avx512<const M: usize>(
     y_stride: usize,
 ) {
     let mut acc = [[_mm512_setzero_ps(); 2]; M];
+    prefetch::<M>(y, y_stride);
     // SAFETY: the caller vouches for M rows of x and y and n columns of the panel.
     unsafe {
         for i in 0..n {
@@ -147,7 +162,7 @@ pub(super) unsafe fn gemm_bf16(
 ) {
     let pairs = cols.div_ceil(2);
     assert!(x.len() >= tokens.end * pairs);
-    let b = Blocking { lanes: 32, tile: 8, tokens: 24, slice: 2 * F32_SLICE };
+    let b = Blocking { lanes: 32, tile: 8, tokens: 120, slice: 2 * F32_SLICE };
     with_scratch(|scratch: &mut FloatScratch<32, { ROWS / 32 }>| {
         let pack = |s: &mut FloatScratch<32, _>, panel, first, count, k, n| {
             s.pack_bf16(panel, Simd::Avx512, rows, first, count, k, n)
@@ -176,6 +191,7 @@ unsafe fn tile_bf16<const M: usize>(
     y_stride: usize,
 ) {
     let mut acc = [[_mm512_setzero_ps(); 2]; M];
+    prefetch::<M>(y, y_stride);
     // SAFETY: the caller vouches for M rows of x and y and n columns of the panel; both vector types are 64 plain
     // bytes.
     unsafe {

@@ -7,12 +7,12 @@
 use super::{
     super::Simd,
     gemm::{Blocking, Output, Tile, blocked},
-    gemm_f32::{add_avx512, with_count},
+    gemm_f32::{add_avx512, prefetch, with_count},
     levels::{Form, GROUP, SLICE, Width},
     pack::{IntPanel, IntScratch, ROWS, Rows, with_scratch},
     quantize::Activations,
 };
-use std::{arch::x86_64::*, ops::Range};
+use std::{arch::x86_64::*, hint::black_box, ops::Range};
 
 /// `y[tokens, rows] += x · Wᵀ`.
 ///
@@ -30,7 +30,7 @@ pub(super) unsafe fn gemm_int8(
     assert!(x.tokens() >= tokens.end);
     let cols = x.cols();
     if simd == Simd::Avx512 {
-        let b = Blocking { lanes: 32, tile: 6, tokens: 24, slice: SLICE };
+        let b = Blocking { lanes: 32, tile: 6, tokens: 120, slice: SLICE };
         with_scratch(|scratch: &mut IntScratch<32, { ROWS / 32 }>| {
             let pack = |s: &mut IntScratch<32, _>, panel, first, count, k, n| {
                 s.pack(panel, simd, rows, first, count, k, n)
@@ -51,7 +51,7 @@ pub(super) unsafe fn gemm_int8(
             unsafe { blocked(b, (range, tokens, cols), output, scratch, pack, tile) }
         })
     } else {
-        let b = Blocking { lanes: 16, tile: 4, tokens: 24, slice: SLICE };
+        let b = Blocking { lanes: 16, tile: 4, tokens: 120, slice: SLICE };
         with_scratch(|scratch: &mut IntScratch<16, { ROWS / 16 }>| {
             let pack = |s: &mut IntScratch<16, _>, panel, first, count, k, n| {
                 s.pack(panel, simd, rows, first, count, k, n)
@@ -121,36 +121,39 @@ unsafe fn tile_avx2_of<const M: usize, const QUADS: usize, const HALVES: bool, c
     (x, panel, y, y_stride): Args,
 ) {
     let ones = _mm256_set1_epi16(1);
+    // Fully unrolled, the loops over quads would load all of them first and have registers for none.
+    let chunks = black_box(8 / QUADS);
+    let twos = if QUADS > 2 { black_box(QUADS / 2) } else { 1 };
     let mut acc = [[_mm256_setzero_ps(); 2]; M];
+    prefetch::<M>(y, y_stride);
     // SAFETY: the caller vouches for M rows of `x.groups` groups, as many in the panel, and a tile of y.
     unsafe {
         let (levels, scale) = (panel.q.as_ptr().cast::<__m256i>(), panel.scale.as_ptr().cast::<f32>());
         let (sub, min) = (panel.sub.as_ptr().cast::<__m256i>(), panel.min.as_ptr().cast::<f32>());
         for g in 0..x.groups {
             let mut sum = [[_mm256_setzero_si256(); 2]; M];
-            for chunk in 0..8 / QUADS {
+            for chunk in 0..chunks {
                 let mut part = [[_mm256_setzero_si256(); 2]; M];
-                for quad in chunk * QUADS..(chunk + 1) * QUADS {
-                    let at = levels.add(2 * (8 * g + quad));
-                    let mut w = [_mm256_load_si256(at), _mm256_load_si256(at.add(1))];
-                    if SIGNED {
-                        w = w.map(|w| _mm256_xor_si256(w, _mm256_set1_epi8(-128)));
-                    }
-                    for t in 0..M {
-                        let q = x.q.add(t * x.stride + GROUP * g + 4 * quad).cast::<i32>();
-                        let v = _mm256_set1_epi32(q.read_unaligned());
-                        for i in 0..2 {
-                            let product = if SIGNED {
-                                // |w| · sign(w) v: the pair's sum is at most 128 · 127 · 2.
-                                _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(v, w[i]))
-                            } else {
-                                _mm256_maddubs_epi16(w[i], v)
-                            };
-                            part[t][i] = if quad == chunk * QUADS {
-                                product
-                            } else {
-                                _mm256_add_epi16(part[t][i], product)
-                            };
+                for two in 0..twos {
+                    for one in 0..QUADS.min(2) {
+                        let quad = chunk * QUADS + 2 * two + one;
+                        let at = levels.add(2 * (8 * g + quad));
+                        let mut w = [_mm256_load_si256(at), _mm256_load_si256(at.add(1))];
+                        if SIGNED {
+                            w = w.map(|w| _mm256_xor_si256(w, _mm256_set1_epi8(-128)));
+                        }
+                        for t in 0..M {
+                            let q = x.q.add(t * x.stride + GROUP * g + 4 * quad).cast::<i32>();
+                            let v = _mm256_set1_epi32(q.read_unaligned());
+                            for i in 0..2 {
+                                let product = if SIGNED {
+                                    // |w| · sign(w) v: the pair's sum is at most 128 · 127 · 2.
+                                    _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(v, w[i]))
+                                } else {
+                                    _mm256_maddubs_epi16(w[i], v)
+                                };
+                                part[t][i] = _mm256_add_epi16(part[t][i], product);
+                            }
                         }
                     }
                 }
@@ -220,6 +223,7 @@ unsafe fn tile_avx512<const M: usize, const HALVES: bool>(
     y_stride: usize,
 ) {
     let mut acc = [[_mm512_setzero_ps(); 2]; M];
+    prefetch::<M>(y, y_stride);
     // SAFETY: the caller vouches for M rows of `x.groups` groups, as many in the panel, and a tile of y.
     unsafe {
         let (levels, scale) = (panel.q.as_ptr().cast::<__m512i>(), panel.scale.as_ptr().cast::<f32>());
