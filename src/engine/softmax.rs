@@ -7,14 +7,15 @@ use std::f32::consts::LOG2_E;
 
 /// eˣ for x ≤ 0, within 2 units in the last place; 0 below −87, where normal numbers end.
 ///
-/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; the polynomial for eʳ is that of Cephes' expf.
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2, where ln 2 comes in two parts so that n times the first is exact; the polynomial
+/// for eʳ is that of Cephes' expf.
 pub(super) fn exp(x: f32) -> f32 {
     /// Adding 1.5 · 2²³ leaves the nearest integer in the low bits.
     const ROUND: f32 = 12_582_912.0;
     let bounded = x.max(-87.0);
     let shifted = bounded * LOG2_E + ROUND;
     let n = shifted - ROUND;
-    let r = bounded - n * 0.693_359_375 + n * 2.121_944_4e-4;
+    let r = bounded - n * (355.0 / 512.0) + n * 2.121_944_4e-4;
     let mut p = 1.987_569_1e-4;
     for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
         p = p * r + c;
