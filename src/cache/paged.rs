@@ -240,8 +240,8 @@ impl PagedKv {
         let (staging, staged) = self.staging(queue, slots.len())?;
         let slots = queue.tensor(slots, &[slots.len()], "slots to read")?;
         ops::copy_slots(queue, pages, &slots, &staging, &staged)?;
-        let keys = self.from_pages(&queue.download_f32(&staging.keys)?, slots.elements());
-        let values = self.from_pages(&queue.download_f32(&staging.values)?, slots.elements());
+        let keys = self.unpage(&queue.download_f32(&staging.keys)?, slots.elements());
+        let values = self.unpage(&queue.download_f32(&staging.values)?, slots.elements());
         Ok(KvColumns { keys, values })
     }
 
@@ -274,7 +274,7 @@ impl PagedKv {
         }
         let (staging, staged) = self.staging(queue, slots.len())?;
         for (columns, tensor) in [(&columns.keys, &staging.keys), (&columns.values, &staging.values)] {
-            let paged = self.to_pages(columns, tensor.elements());
+            let paged = self.page(columns, tensor.elements());
             match self.dtype {
                 DType::Bf16 => {
                     queue.upload(&paged.into_iter().map(bf16::from_f32).collect::<Vec<_>>(), tensor)
@@ -311,11 +311,11 @@ impl PagedKv {
         })
     }
 
-    fn from_pages(&self, paged: &[f32], tokens: usize) -> Vec<f32> {
+    fn unpage(&self, paged: &[f32], tokens: usize) -> Vec<f32> {
         self.page_offsets(tokens).flat_map(|at| &paged[at..at + self.shape.head_dim]).copied().collect()
     }
 
-    fn to_pages(&self, columns: &[f32], elements: usize) -> Vec<f32> {
+    fn page(&self, columns: &[f32], elements: usize) -> Vec<f32> {
         let dim = self.shape.head_dim;
         let mut paged = vec![0.0; elements];
         let tokens = columns.len() / self.shape.width();

@@ -1,6 +1,6 @@
 //! Log-probabilities as OpenAI's API and vLLM report them: of the raw logits, before penalties and temperature.
 
-use super::select;
+use super::{select, softmax};
 
 /// Natural logarithms of probabilities under the model itself.
 #[derive(serde::Serialize, Clone, Debug, PartialEq)]
@@ -16,8 +16,7 @@ impl TokenLogprobs {
     /// has −∞.
     pub fn new(logits: &[f32], token: u32, n: usize) -> TokenLogprobs {
         let max = select::max(logits);
-        let sum: f64 = logits.iter().map(|&x| f64::from((x - max).exp())).sum();
-        let log_sum = f64::from(max) + sum.ln();
+        let log_sum = f64::from(max) + softmax::sum_exp(logits, max, 1.0).ln();
         let logprob = |x: f32| (f64::from(x) - log_sum) as f32;
         TokenLogprobs {
             token,

@@ -5,6 +5,7 @@ mod params;
 mod penalties;
 mod sampling;
 mod select;
+mod softmax;
 mod stop;
 
 pub use logprobs::TokenLogprobs;

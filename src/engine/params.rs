@@ -139,7 +139,8 @@ mod tests {
     fn bad_values_are_refused_by_name() {
         let ok = SamplingParams { temperature: 0.7, top_k: Some(1), top_p: 1.0, ..Default::default() };
         assert_eq!(ok.validate(), Ok(()));
-        let bad: [(&str, fn(&mut SamplingParams)); 18] = [
+        type Spoil = fn(&mut SamplingParams);
+        let bad: [(&str, Spoil); 18] = [
             ("temperature", |p| p.temperature = -0.1),
             ("temperature", |p| p.temperature = f32::NAN),
             ("temperature", |p| p.temperature = f32::INFINITY),

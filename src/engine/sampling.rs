@@ -1,6 +1,6 @@
 //! Logits to token.
 
-use super::{Rules, SamplingError, SamplingParams, TokenCounts, TokenLogprobs, select};
+use super::{Rules, SamplingError, SamplingParams, TokenCounts, TokenLogprobs, select, softmax};
 use crate::rng::{Purpose, Rng, Stream};
 
 /// A token drawn.
@@ -129,7 +129,7 @@ impl Sampler {
 
     /// Refuses a row in which there is nothing to choose.
     fn check(&self, row: &[f32]) -> Result<f32, SamplingError> {
-        if let Some(token) = row.iter().position(|x| x.is_nan()) {
+        if let Some(token) = select::find_nan(row) {
             return Err(self.unusable(&format!("token {token} is not a number")));
         }
         let max = select::max(row);
@@ -144,33 +144,36 @@ impl Sampler {
     fn filter(&self, row: &[f32]) -> Result<Distribution, SamplingError> {
         let p = &self.params;
         let max = self.check(row)?;
-        let weight = |x: f32| ((x - max) / p.temperature).exp();
+        // Relative to the most probable token, which weighs 1.
+        let weight = |x: f32| softmax::exp((x - max) / p.temperature);
         let weigh = |ranked: Vec<(u32, f32)>| ranked.into_iter().map(|(id, x)| (id, weight(x))).collect();
         let mut kept = Distribution::default();
-        let (few, filtered) = (p.top_k.is_some_and(|k| k < row.len()), p.top_p < 1.0);
-        if few {
-            kept.weights = weigh(select::top(row, p.top_k.unwrap_or(row.len())));
-            kept.keep(row.len());
-            kept.keep(self.nucleus(&kept).unwrap_or(row.len()));
-        } else if filtered {
-            // The nucleus is nearly always small: look for it in the head of the ranking first.
-            kept.total = row.iter().map(|&x| f64::from(weight(x))).sum();
-            let mut head = 128;
-            let len = loop {
-                kept.weights = weigh(select::top(row, head));
-                match self.nucleus(&kept) {
-                    Some(len) => break len,
-                    None if head >= row.len() => break row.len(),
-                    None => head *= 8,
-                }
-            };
-            kept.keep(len);
-        } else {
-            kept.weights = row.iter().enumerate().map(|(id, &x)| (id as u32, weight(x))).collect();
-            kept.keep(row.len());
+        match p.top_k.filter(|&k| k < row.len()) {
+            Some(k) => {
+                kept.weights = weigh(select::top(row, k));
+                kept.keep(k);
+                kept.keep(self.nucleus(&kept).unwrap_or(k));
+            }
+            None if p.top_p < 1.0 => {
+                // The nucleus is nearly always small: look for it in the head of the ranking first.
+                kept.total = softmax::sum_exp(row, max, p.temperature);
+                let mut head = 128;
+                let len = loop {
+                    kept.weights = weigh(select::top(row, head));
+                    match self.nucleus(&kept) {
+                        Some(len) => break len,
+                        None if head >= row.len() => break row.len(),
+                        None => head *= 8,
+                    }
+                };
+                kept.keep(len);
+            }
+            None => {
+                kept.weights = row.iter().zip(0..).map(|(&x, id)| (id, weight(x))).collect();
+                kept.keep(row.len());
+            }
         }
         if p.min_p > 0.0 {
-            // Weights are relative to the most probable token, which weighs 1.
             kept.weights.retain(|&(_, weight)| weight >= p.min_p);
             kept.keep(row.len());
         }

@@ -19,6 +19,13 @@ pub(super) fn max(row: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max })
 }
 
+/// Index of the first NaN.
+pub(super) fn find_nan(row: &[f32]) -> Option<usize> {
+    // A fold over a chunk vectorises; a search that may end at any element does not.
+    let any = row.chunks(256).any(|chunk| chunk.iter().fold(false, |any, x| any | x.is_nan()));
+    if any { row.iter().position(|x| x.is_nan()) } else { None }
+}
+
 /// Index of the largest value, the lowest of equals; `None` if nothing is above −∞.
 pub(super) fn argmax(row: &[f32]) -> Option<u32> {
     let max = max(row);
@@ -83,6 +90,9 @@ mod tests {
         row[37] = 2.0;
         row[91] = 2.0;
         assert_eq!(argmax(&row), Some(37));
+        assert_eq!(find_nan(&row), None);
+        row[97] = f32::NAN;
+        assert_eq!((find_nan(&row), argmax(&row)), (Some(97), Some(37)));
         assert_eq!(argmax(&[]), None);
         assert_eq!(argmax(&[f32::NEG_INFINITY]), None);
     }
