@@ -186,7 +186,10 @@ fn tmp() {
     println!("{:?} {:?}", g, t.elapsed());
     println!("{}", s.fingerprint() == from_shared("smollm2").unwrap().fingerprint());
     println!("{}", q.fingerprint() == from_shared("qwen2.5").unwrap().fingerprint());
-    println!("{}", q.fingerprint() == Tokenizer::from_folder(Path::new("/tmp/toks/qwen2_5")).unwrap().fingerprint());
+    println!(
+        "{}",
+        q.fingerprint() == Tokenizer::from_folder(Path::new("/tmp/toks/qwen2_5")).unwrap().fingerprint()
+    );
     println!("{:?}", from_shared("qwen3").unwrap());
     println!("{:?}", from_shared("gpt2").unwrap());
     println!("{:?}", from_shared("gptoss").unwrap());
@@ -196,7 +199,11 @@ fn tmp() {
 }
 #[test]
 fn tmp2() {
-    for f in ["SmolLM2-135M-Instruct.Q4_1.gguf", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "gemma-3-270m-q4_k_m.gguf"] {
+    for f in [
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        "gemma-3-270m-q4_k_m.gguf",
+    ] {
         let v = vocab(&Path::new("/work/real/models").join(f));
         let t = std::time::Instant::now();
         let s = Tokenizer::from_gguf(&v).unwrap();

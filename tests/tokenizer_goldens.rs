@@ -74,7 +74,9 @@ fn token_ids() {
     for (name, cases) in by_tokenizer(&cases) {
         let Some(Found { tokenizer, exact }) = tokenizer(name) else { continue };
         if !exact {
-            eprintln!("skipped: {name}: ids with special tokens (set C2C_TOKENIZERS to the goldens' own files)");
+            eprintln!(
+                "skipped: {name}: ids with special tokens (set C2C_TOKENIZERS to the goldens' own files)"
+            );
         }
         for case in cases {
             let text = case["text"].as_str().unwrap();
@@ -82,7 +84,10 @@ fn token_ids() {
             assert_eq!(encoding.ids, ids(&case["ids"]), "{name}: {text:?}");
             assert_eq!(encoding.offsets.len(), encoding.ids.len());
             for &(start, end) in &encoding.offsets {
-                assert!(text.get(start..end).is_some(), "{name}: {text:?}: {start}..{end} is not a range of it");
+                assert!(
+                    text.get(start..end).is_some(),
+                    "{name}: {text:?}: {start}..{end} is not a range of it"
+                );
             }
             if exact {
                 let with_special = tokenizer.encode(text, true).unwrap().ids;
@@ -151,7 +156,10 @@ fn round_trips() {
             let mut detokenizer = tokenizer.detokenizer().keep_special();
             let mut pieces: Vec<String> = ids.iter().map(|&id| detokenizer.push(id)).collect();
             pieces.push(detokenizer.finish());
-            assert!(pieces.iter().all(|piece| !piece.contains(char::REPLACEMENT_CHARACTER)), "{name}: {pieces:?}");
+            assert!(
+                pieces.iter().all(|piece| !piece.contains(char::REPLACEMENT_CHARACTER)),
+                "{name}: {pieces:?}"
+            );
             assert_eq!(pieces.concat(), text, "{name}");
         }
     }

@@ -150,7 +150,8 @@ impl Tokenizer {
             // Which tokens are read as a whole; whether decoding hides them is no part of what ids mean, and the same
             // tokenizer's files differ in it.
             field(b"special");
-            let mut added: Vec<u32> = self.shared.inner.get_added_vocabulary().get_vocab().values().copied().collect();
+            let mut added: Vec<u32> =
+                self.shared.inner.get_added_vocabulary().get_vocab().values().copied().collect();
             added.sort_unstable();
             for id in added {
                 field(&id.to_le_bytes());

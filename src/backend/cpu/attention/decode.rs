@@ -83,7 +83,8 @@ unsafe fn decode_pages<V: Vector, T: PageElement + Element>(
         // SAFETY: as above.
         unsafe { (*max.add(r), *weight.add(r)) = (f32::MIN, 0.0) }
     }
-    let rows_of = Rows { call, q: q.as_ptr(), scores: scores.as_mut_ptr(), sums: partial, max, weight, exponent };
+    let rows_of =
+        Rows { call, q: q.as_ptr(), scores: scores.as_mut_ptr(), sums: partial, max, weight, exponent };
 
     let mut offsets = [0; KEYS];
     for start in (task.from..task.to).step_by(KEYS) {
@@ -192,7 +193,13 @@ unsafe fn attend_block<V: Vector, T: PageElement, const R: usize>(
         let mut d = 0;
         while d < wide {
             let left = (wide - d) / V::LANES;
-            let taken = if left >= 4 { 4 } else if left >= 2 { 2 } else { 1 };
+            let taken = if left >= 4 {
+                4
+            } else if left >= 2 {
+                2
+            } else {
+                1
+            };
             match taken {
                 4 => weigh::<V, T, R, 4>(stretch, d, scores, sums.add(d), wide, shrink),
                 2 => weigh::<V, T, R, 2>(stretch, d, scores, sums.add(d), wide, shrink),
@@ -320,7 +327,12 @@ unsafe fn weigh<V: Vector, T: PageElement, const R: usize, const C: usize>(
 /// # Safety
 /// As of [`Vector`]; all splits are done, and nobody else writes these results.
 #[inline(always)]
-pub(super) unsafe fn combine<V: Vector>(call: &Call, task: &Task, partials: *const f32, reduction: &Reduction) {
+pub(super) unsafe fn combine<V: Vector>(
+    call: &Call,
+    task: &Task,
+    partials: *const f32,
+    reduction: &Reduction,
+) {
     let sequence = call.sequence(task.sequence);
     let (wide, rows) = (call.wide, sequence.tokens * call.group);
     for r in 0..rows {
@@ -328,7 +340,8 @@ pub(super) unsafe fn combine<V: Vector>(call: &Call, task: &Task, partials: *con
         unsafe {
             let max_of = |split: usize| *partials.add(split * reduction.stride + rows * wide + r);
             let top = (0..reduction.splits).map(max_of).fold(f32::MIN, f32::max);
-            let result = call.result(sequence.row + r / call.group, task.kv_head * call.group + r % call.group);
+            let result =
+                call.result(sequence.row + r / call.group, task.kv_head * call.group + r % call.group);
             let result = std::slice::from_raw_parts_mut(result, call.dim);
             result.fill(0.0);
             let mut total = 0.0;

@@ -116,8 +116,12 @@ impl<'a> Call<'a> {
     /// # Panics
     /// If the call's index tensors contradict each other or the shapes.
     fn sequence(&self, s: usize) -> Sequence<'a> {
-        let (row, end, context) = (self.cu_q[s] as usize, self.cu_q[s + 1] as usize, self.context[s] as usize);
-        assert!(row <= end && end <= self.p.tokens as usize, "paged_attention: cu_q is not a list of row ranges");
+        let (row, end, context) =
+            (self.cu_q[s] as usize, self.cu_q[s + 1] as usize, self.context[s] as usize);
+        assert!(
+            row <= end && end <= self.p.tokens as usize,
+            "paged_attention: cu_q is not a list of row ranges"
+        );
         assert!(end - row <= context, "paged_attention: sequence {s} has more new tokens than keys");
         let max_blocks = self.p.max_blocks as usize;
         assert!(

@@ -81,7 +81,8 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
     // Finite, so that nothing minus it is NaN.
     max.fill(f32::MIN);
     sum.fill(0.0);
-    let row_of = |r: usize| (sequence.row + task.from + r / call.group, task.kv_head * call.group + r % call.group);
+    let row_of =
+        |r: usize| (sequence.row + task.from + r / call.group, task.kv_head * call.group + r % call.group);
     let mut at = 0;
     while at < registers {
         let width = block_of(registers - at) * V::LANES;
@@ -158,7 +159,13 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
 impl Sight {
     /// `None` if the panel of `width` rows from `lane` sees nothing of the tile at `start`. `at` = a row's own key.
     #[inline(always)]
-    fn new(call: &Call, start: usize, lane: usize, width: usize, at: impl Fn(usize) -> usize) -> Option<Sight> {
+    fn new(
+        call: &Call,
+        start: usize,
+        lane: usize,
+        width: usize,
+        at: impl Fn(usize) -> usize,
+    ) -> Option<Sight> {
         let (first, last) = (at(lane), at(lane + width - 1));
         let (seen_from, seen_to) = (call.first_key(first).max(start), (last + 1).min(start + KEYS));
         if seen_from >= seen_to {

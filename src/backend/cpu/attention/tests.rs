@@ -304,7 +304,11 @@ fn threads_and_company_leave_no_trace() {
             let expected = together.result(1, Some(kernels));
             assert!(expected.iter().all(|x| x.is_finite()), "{name}: not every result was written");
             for threads in [2, 3, 5] {
-                assert_eq!(bits(&together.result(threads, Some(kernels))), bits(&expected), "{name}, {threads} threads");
+                assert_eq!(
+                    bits(&together.result(threads, Some(kernels))),
+                    bits(&expected),
+                    "{name}, {threads} threads"
+                );
             }
             let mut row = 0;
             for (&sequence, &seed) in sequences.iter().zip(&seeds) {
@@ -323,7 +327,8 @@ fn a_block_that_does_not_exist_is_refused() {
     let case = case(PLAIN, &[(1, 20)], &[1]);
     case.o.block_tables.host_mut::<u32>()[1] = 1000;
     for (name, kernels) in widths() {
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| case.result(1, Some(kernels))));
+        let outcome =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| case.result(1, Some(kernels))));
         assert!(outcome.is_err(), "{name} read past the pages");
     }
 }
