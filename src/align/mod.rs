@@ -185,48 +185,7 @@ impl Aligner {
         let mut segments = chat::segments(receiver, sharers);
         let mut shared: Vec<SharerPrompt> = Vec::new();
         for (s, reading) in sharers.iter().enumerate() {
-            if reading.ids.is_empty() {
-                remarks.push(Remark::NothingToShare { sharer: s });
-            }
-            let cover = span::Cover::new(&reading.offsets);
-            let places = span::in_text_order(&receiver.offsets);
-            let mut ids = Vec::new();
-            let mut columns: Vec<Option<u32>> = Vec::new();
-            for segment in &mut segments {
-                let start = ids.len();
-                let own = &reading.ids[segment.sharers[s].clone()];
-                let tokens = segment.receiver.clone();
-                match segment.message.filter(|_| segment.sharer_mask >> s & 1 == 1) {
-                    Some(_) if !self.by_token.is_empty() => {
-                        for &id in &receiver.ids[tokens] {
-                            let found = self.by_token[s].find(id)?;
-                            let remark = Remark::UnknownSpecial { sharer: s, receiver_id: id };
-                            if found.kind == MatchKind::UnknownSpecial && !remarks.contains(&remark) {
-                                remarks.push(remark);
-                            }
-                            columns.push(Some(ids.len() as u32));
-                            ids.push(found.id);
-                        }
-                    }
-                    Some(message) if self.alignment == Alignment::Span => {
-                        ids.extend_from_slice(own);
-                        let here = receiver.content(message);
-                        let there = reading.content(message);
-                        // Tokens on the edges also cover template text; what counts is their part of the message.
-                        let place = |at: usize| there.start + at.clamp(here.start, here.end) - here.start;
-                        let own: Vec<_> =
-                            places[tokens].iter().map(|&(from, to)| (place(from), place(to))).collect();
-                        columns.extend(cover.columns(&own));
-                    }
-                    _ => {
-                        ids.extend_from_slice(own);
-                        columns
-                            .extend((0..tokens.len()).map(|i| (i < own.len()).then_some((start + i) as u32)));
-                    }
-                }
-                segment.sharers[s] = start..ids.len();
-            }
-            shared.push(SharerPrompt { text: reading.text.clone(), ids, positions: Vec::new(), columns });
+            shared.push(self.share(s, receiver, reading, &mut segments, &mut remarks)?);
         }
         let mut positions =
             prompt::positions(&segments, self.alignment.strategy(), 1 + shared.len()).into_iter();
@@ -248,5 +207,58 @@ impl Aligner {
             sharers: shared,
             remarks,
         })
+    }
+
+    /// What sharer `s` reads and which of its columns belong to the receiver's tokens. Leaves the ranges of its tokens
+    /// in `segments`, which came with those of its own `reading`.
+    fn share(
+        &self,
+        s: usize,
+        receiver: &Reading,
+        reading: &Reading,
+        segments: &mut [Segment],
+        remarks: &mut Vec<Remark>,
+    ) -> Result<SharerPrompt, Error> {
+        if reading.ids.is_empty() {
+            remarks.push(Remark::NothingToShare { sharer: s });
+        }
+        let cover = span::Cover::new(&reading.offsets);
+        let places = span::in_text_order(&receiver.offsets);
+        let mut ids = Vec::new();
+        let mut columns: Vec<Option<u32>> = Vec::new();
+        for segment in segments {
+            let start = ids.len();
+            let own = &reading.ids[segment.sharers[s].clone()];
+            let tokens = segment.receiver.clone();
+            match segment.message.filter(|_| segment.sharer_mask >> s & 1 == 1) {
+                Some(_) if !self.by_token.is_empty() => {
+                    for &id in &receiver.ids[tokens] {
+                        let found = self.by_token[s].find(id)?;
+                        let remark = Remark::UnknownSpecial { sharer: s, receiver_id: id };
+                        if found.kind == MatchKind::UnknownSpecial && !remarks.contains(&remark) {
+                            remarks.push(remark);
+                        }
+                        columns.push(Some(ids.len() as u32));
+                        ids.push(found.id);
+                    }
+                }
+                Some(message) if self.alignment == Alignment::Span => {
+                    ids.extend_from_slice(own);
+                    let here = receiver.content(message);
+                    let there = reading.content(message);
+                    // Tokens on the edges also cover template text; what counts is their part of the message.
+                    let place = |at: usize| there.start + at.clamp(here.start, here.end) - here.start;
+                    let own: Vec<_> =
+                        places[tokens].iter().map(|&(from, to)| (place(from), place(to))).collect();
+                    columns.extend(cover.columns(&own));
+                }
+                _ => {
+                    ids.extend_from_slice(own);
+                    columns.extend((0..tokens.len()).map(|i| (i < own.len()).then_some((start + i) as u32)));
+                }
+            }
+            segment.sharers[s] = start..ids.len();
+        }
+        Ok(SharerPrompt { text: reading.text.clone(), ids, positions: Vec::new(), columns })
     }
 }
