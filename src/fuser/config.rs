@@ -1,7 +1,7 @@
 //! What a fuser is, apart from its weights: `fuser.json`.
 
 use super::{FuserError, contract::CacheShape};
-use crate::backend::DType;
+use crate::{align::LayerMapping, backend::DType};
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
@@ -114,6 +114,16 @@ pub enum Mapping {
     KNearest,
     /// Made by hand, or not recorded.
     Custom,
+}
+
+impl From<LayerMapping> for Mapping {
+    /// Only the best candidate of a mapping is ever used, so its `k` does not matter.
+    fn from(mapping: LayerMapping) -> Mapping {
+        match mapping {
+            LayerMapping::LastAligned { .. } => Mapping::LastAligned,
+            LayerMapping::KNearest { .. } => Mapping::KNearest,
+        }
+    }
 }
 
 /// Receiver layer `receiver` is fused with sharer layer `sharer` by projector `projector`.
