@@ -199,3 +199,76 @@ fn special_tokens_and_templates() {
         assert!(text.ends_with("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"), "{text}");
     }
 }
+
+/// The metadata that conversion to GGUF makes of a tokenizer.json.
+fn converted(name: &str, pre: &str) -> Option<(GgufVocab, Tokenizer)> {
+    let tokenizer = from_shared(name)?;
+    let shared = std::env::var_os("C2C_SHARED").map_or_else(|| "../shared".into(), PathBuf::from);
+    let file = shared.join("tokenizers").join(name).join("tokenizer.json");
+    let json: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let model = &json["model"];
+    let sentence_piece = model["byte_fallback"] == true;
+    let added = json["added_tokens"].as_array().unwrap();
+    let vocab = model["vocab"].as_object().unwrap();
+    let ids = vocab.iter().map(|(token, id)| (token.as_str(), id));
+    let ids = ids.chain(added.iter().map(|token| (token["content"].as_str().unwrap(), &token["id"])));
+    let ids: Vec<(String, usize)> =
+        ids.map(|(token, id)| (token.to_string(), id.as_u64().unwrap() as usize)).collect();
+    let count = ids.iter().map(|(_, id)| id + 1).max().unwrap();
+    let (mut tokens, mut kinds) = (vec![String::new(); count], vec![1; count]);
+    for (token, id) in ids {
+        if sentence_piece && token.starts_with("<0x") && token.len() == 6 {
+            kinds[id] = 6;
+        }
+        tokens[id] = token;
+    }
+    for token in added {
+        let id = token["id"].as_u64().unwrap() as usize;
+        kinds[id] = if token["special"] == true { 3 } else { 4 };
+    }
+    let merges = model["merges"].as_array().unwrap().iter().map(|merge| match merge {
+        Value::String(pair) => pair.clone(),
+        pair => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+    });
+    // SentencePiece's BPE trainer gives falling scores in order of the ids; runs of spaces come after everything else.
+    let score = |(id, token): (usize, &String)| {
+        let spaces = token.chars().count() > 1 && token.chars().all(|char| char == '▁');
+        if spaces { -1e9 } else { -(id as f32) }
+    };
+    let vocab = GgufVocab {
+        model: if sentence_piece { "llama" } else { "gpt2" }.into(),
+        pre: Some(pre.into()),
+        scores: sentence_piece.then(|| tokens.iter().enumerate().map(score).collect()),
+        merges: (!sentence_piece).then(|| merges.collect()),
+        tokens,
+        token_types: Some(kinds),
+        unk: tokenizer.special().unk,
+        ..Default::default()
+    };
+    Some((vocab, tokenizer))
+}
+
+/// Each pre-tokenizer whose model's tokenizer.json is at hand, and the merges that SentencePiece's scores stand for.
+#[test]
+fn converted_tokenizers_stay_the_same() {
+    for (name, pre) in [
+        ("gpt2", "gpt-2"),
+        ("smollm2", "smollm"),
+        ("qwen3", "qwen2"),
+        ("llama3", "llama-bpe"),
+        ("gptoss", "gpt-4o"),
+        ("llama2", "default"),
+    ] {
+        let Some((vocab, json)) = converted(name, pre) else { continue };
+        let gguf = Tokenizer::from_gguf(&vocab).unwrap();
+        for text in texts() {
+            let ids = gguf.encode(&text, false).unwrap().ids;
+            assert_eq!(ids, json.encode(&text, false).unwrap().ids, "{name}: {text:?}");
+            assert_eq!(gguf.decode(&ids, false), json.decode(&ids, false), "{name}: {text:?}");
+        }
+        // A tokenizer.json has ranks where GGUF has scores, and those do not say in which order equal scores merge.
+        if vocab.model == "gpt2" {
+            assert_eq!(gguf.fingerprint(), json.fingerprint(), "{name}");
+        }
+    }
+}

@@ -128,8 +128,9 @@ impl Tokenizer {
         &self.shared.specials.declared
     }
 
-    /// SHA-256 over vocabulary, merges and added tokens: equal for equal tokenizers, whichever kind of file they came
-    /// from. Tokenizers read from JSON compute it at the first call.
+    /// SHA-256 over vocabulary, merges and added tokens: equal for equal tokenizers. Byte-level BPE has the same one
+    /// from tokenizer.json and from GGUF; SentencePiece may not, since GGUF holds scores instead of merges.
+    /// Tokenizers read from JSON compute it at the first call.
     pub fn fingerprint(&self) -> [u8; 32] {
         *self.shared.fingerprint.get_or_init(|| fingerprint::of(&self.shared.inner))
     }
