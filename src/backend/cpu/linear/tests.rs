@@ -145,7 +145,10 @@ const FORMATS: [DType; 14] = [
 fn check(what: &str, y: &[f32], (exact, size): &(Vec<f64>, Vec<f64>), start: f64, allowed: f64) {
     for (i, (&y, (&exact, &size))) in y.iter().zip(exact.iter().zip(size)).enumerate() {
         let error = (f64::from(y) - exact - start).abs();
-        assert!(error <= allowed * (size + start) + 1e-6, "{what}: output {i} is {y}, not {exact} (size {size})");
+        assert!(
+            error <= allowed * (size + start) + 1e-6,
+            "{what}: output {i} is {y}, not {exact} (size {size})"
+        );
     }
 }
 
@@ -219,8 +222,7 @@ fn largest_levels_do_not_overflow() {
                     let x = vec![sign; tokens * cols];
                     let exact = reference(&x, tokens, &weight);
                     for simd in levels_here() {
-                        let case =
-                            Case { simd, precision: Precision::Fast, threads: 1, accumulate: false };
+                        let case = Case { simd, precision: Precision::Fast, threads: 1, accumulate: false };
                         let y = compute(&case, &x, tokens, &weight);
                         check(&format!("{dtype} of {fill:#x} on {simd}"), &y, &exact, 0.0, 1e-5);
                     }
@@ -268,7 +270,13 @@ fn stacked_parts_of_different_formats() {
         let exact = reference(&x, tokens, &weight);
         for simd in levels_here() {
             let case = Case { simd, precision: Precision::F32, threads: 2, accumulate: true };
-            check(&format!("{tokens} tokens on {simd}"), &compute(&case, &x, tokens, &weight), &exact, 0.5, 2e-6);
+            check(
+                &format!("{tokens} tokens on {simd}"),
+                &compute(&case, &x, tokens, &weight),
+                &exact,
+                0.5,
+                2e-6,
+            );
         }
     }
 }
@@ -284,7 +292,11 @@ fn neither_threads_nor_neighbours_change_a_bit() {
                 let case = |threads| Case { simd, precision, threads, accumulate: false };
                 let one = compute(&case(1), &x, most, &weight);
                 for threads in [2, 3, 7] {
-                    assert_eq!(compute(&case(threads), &x, most, &weight), one, "{threads} threads on {simd}");
+                    assert_eq!(
+                        compute(&case(threads), &x, most, &weight),
+                        one,
+                        "{threads} threads on {simd}"
+                    );
                 }
                 for &tokens in fewer {
                     let some = compute(&case(2), &x[..tokens * 512], tokens, &weight);
@@ -336,7 +348,10 @@ fn expansion_agrees_with_the_blocks() {
             pack::to_f32(simd, dtype, rows.row(2), &mut ours);
             blocks::row_to_f32(&matrix, 2, &mut theirs);
             for (ours, theirs) in ours.iter().zip(theirs) {
-                assert!((ours - theirs).abs() <= 2e-7 * (1.0 + theirs.abs()), "{dtype}: {ours}, not {theirs}");
+                assert!(
+                    (ours - theirs).abs() <= 2e-7 * (1.0 + theirs.abs()),
+                    "{dtype}: {ours}, not {theirs}"
+                );
             }
         }
     }
