@@ -118,7 +118,7 @@ unsafe fn tile_avx2_of<const M: usize, const QUADS: usize, const HALVES: bool, c
 ) {
     let ones = _mm256_set1_epi16(1);
     // Fully unrolled, the loops over quads would load all of them first and have registers for none.
-    let chunks = if QUADS < 8 { black_box(8 / QUADS) } else { 1 };
+    let chunks = if QUADS > 2 { 8 / QUADS } else { black_box(8 / QUADS) };
     let quads = if QUADS > 2 { black_box(QUADS) } else { QUADS };
     let mut acc = [[_mm256_setzero_ps(); 2]; M];
     prefetch::<M>(y, y_stride);
