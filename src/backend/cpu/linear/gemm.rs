@@ -1,6 +1,6 @@
 //! The loops around the tile kernels: slices of the columns, panels of rows, blocks of tokens.
 
-use super::super::team::SendPtr;
+use super::{super::team::SendPtr, pack::Window};
 use std::ops::Range;
 
 /// Where results go: `[tokens, stride]`, one row of the weights a column.
@@ -77,7 +77,7 @@ pub(super) struct Tile {
     pub stride: usize,
 }
 
-/// Multiplies `rows` of a matrix with `tokens`. `pack(panel, first row, rows, k, n)` unpacks one panel, `tile` multiplies.
+/// Multiplies `rows` of a matrix with `tokens`. `pack` unpacks one panel, `tile` multiplies.
 ///
 /// # Safety
 /// No other task has these rows of these tokens of `output`.
@@ -86,7 +86,7 @@ pub(super) unsafe fn blocked<S>(
     (rows, tokens, cols): (Range<usize>, Range<usize>, usize),
     output: Output,
     scratch: &mut S,
-    pack: impl Fn(&mut S, usize, usize, usize, usize, usize),
+    pack: impl Fn(&mut S, usize, Window),
     tile: impl Fn(&S, Tile),
 ) {
     // SAFETY: says the caller.
@@ -100,7 +100,7 @@ pub(super) unsafe fn blocked<S>(
         let n = b.slice.min(cols - k);
         for panel in 0..panels {
             let (first, count) = panel_rows(panel);
-            pack(scratch, panel, first, count, k, n);
+            pack(scratch, panel, Window { first, count, k, n });
         }
         for block in tokens.clone().step_by(b.tokens) {
             let end = tokens.end.min(block + b.tokens);

@@ -32,9 +32,7 @@ pub(super) unsafe fn gemm_f32(
     if simd == Simd::Avx512 {
         let b = Blocking { lanes: 32, tile: 8, tokens: 120, slice: F32_SLICE };
         with_scratch(|scratch: &mut FloatScratch<32, { ROWS / 32 }>| {
-            let pack = |s: &mut FloatScratch<32, _>, panel, first, count, k, n| {
-                s.pack_f32(panel, simd, rows, first, count, k, n)
-            };
+            let pack = |s: &mut FloatScratch<32, _>, panel, at| s.pack_f32(panel, simd, rows, at);
             let tile = |s: &FloatScratch<32, _>, t: Tile| {
                 let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * cols + t.k..]);
                 // SAFETY: the caller has AVX-512; the panel holds `n` columns, `x` `count` rows from here, `y` a tile.
@@ -48,9 +46,7 @@ pub(super) unsafe fn gemm_f32(
     } else {
         let b = Blocking { lanes: 16, tile: 6, tokens: 120, slice: F32_SLICE };
         with_scratch(|scratch: &mut FloatScratch<16, { ROWS / 16 }>| {
-            let pack = |s: &mut FloatScratch<16, _>, panel, first, count, k, n| {
-                s.pack_f32(panel, simd, rows, first, count, k, n)
-            };
+            let pack = |s: &mut FloatScratch<16, _>, panel, at| s.pack_f32(panel, simd, rows, at);
             let tile = |s: &FloatScratch<16, _>, t: Tile| {
                 let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * cols + t.k..]);
                 // SAFETY: as above, with AVX2.
@@ -164,9 +160,7 @@ pub(super) unsafe fn gemm_bf16(
     assert!(x.len() >= tokens.end * pairs);
     let b = Blocking { lanes: 32, tile: 8, tokens: 120, slice: 2 * F32_SLICE };
     with_scratch(|scratch: &mut FloatScratch<32, { ROWS / 32 }>| {
-        let pack = |s: &mut FloatScratch<32, _>, panel, first, count, k, n| {
-            s.pack_bf16(panel, Simd::Avx512, rows, first, count, k, n)
-        };
+        let pack = |s: &mut FloatScratch<32, _>, panel, at| s.pack_bf16(panel, Simd::Avx512, rows, at);
         let tile = |s: &FloatScratch<32, _>, t: Tile| {
             let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * pairs + t.k / 2..]);
             let n = t.n.div_ceil(2);

@@ -32,9 +32,7 @@ pub(super) unsafe fn gemm_int8(
     if simd == Simd::Avx512 {
         let b = Blocking { lanes: 32, tile: 6, tokens: 120, slice: SLICE };
         with_scratch(|scratch: &mut IntScratch<32, { ROWS / 32 }>| {
-            let pack = |s: &mut IntScratch<32, _>, panel, first, count, k, n| {
-                s.pack(panel, simd, rows, first, count, k, n)
-            };
+            let pack = |s: &mut IntScratch<32, _>, panel, at| s.pack(panel, simd, rows, at);
             let tile = |s: &IntScratch<32, _>, t: Tile| {
                 let input = Input::at(x, t.token, t.k, t.n);
                 let panel = &s.panels[t.panel];
@@ -51,11 +49,9 @@ pub(super) unsafe fn gemm_int8(
             unsafe { blocked(b, (range, tokens, cols), output, scratch, pack, tile) }
         })
     } else {
-        let b = Blocking { lanes: 16, tile: 4, tokens: 120, slice: SLICE };
+        let b = Blocking { lanes: 16, tile: 3, tokens: 120, slice: SLICE };
         with_scratch(|scratch: &mut IntScratch<16, { ROWS / 16 }>| {
-            let pack = |s: &mut IntScratch<16, _>, panel, first, count, k, n| {
-                s.pack(panel, simd, rows, first, count, k, n)
-            };
+            let pack = |s: &mut IntScratch<16, _>, panel, at| s.pack(panel, simd, rows, at);
             let tile = |s: &IntScratch<16, _>, t: Tile| {
                 let input = Input::at(x, t.token, t.k, t.n);
                 let args = (input, &s.panels[t.panel], t.y, t.stride);
@@ -122,8 +118,8 @@ unsafe fn tile_avx2_of<const M: usize, const QUADS: usize, const HALVES: bool, c
 ) {
     let ones = _mm256_set1_epi16(1);
     // Fully unrolled, the loops over quads would load all of them first and have registers for none.
-    let chunks = black_box(8 / QUADS);
-    let twos = if QUADS > 2 { black_box(QUADS / 2) } else { 1 };
+    let chunks = if QUADS > 2 { 8 / QUADS } else { black_box(8 / QUADS) };
+    let quads = if QUADS > 2 { black_box(QUADS) } else { QUADS };
     let mut acc = [[_mm256_setzero_ps(); 2]; M];
     prefetch::<M>(y, y_stride);
     // SAFETY: the caller vouches for M rows of `x.groups` groups, as many in the panel, and a tile of y.
@@ -134,26 +130,23 @@ unsafe fn tile_avx2_of<const M: usize, const QUADS: usize, const HALVES: bool, c
             let mut sum = [[_mm256_setzero_si256(); 2]; M];
             for chunk in 0..chunks {
                 let mut part = [[_mm256_setzero_si256(); 2]; M];
-                for two in 0..twos {
-                    for one in 0..QUADS.min(2) {
-                        let quad = chunk * QUADS + 2 * two + one;
-                        let at = levels.add(2 * (8 * g + quad));
-                        let mut w = [_mm256_load_si256(at), _mm256_load_si256(at.add(1))];
-                        if SIGNED {
-                            w = w.map(|w| _mm256_xor_si256(w, _mm256_set1_epi8(-128)));
-                        }
-                        for t in 0..M {
-                            let q = x.q.add(t * x.stride + GROUP * g + 4 * quad).cast::<i32>();
-                            let v = _mm256_set1_epi32(q.read_unaligned());
-                            for i in 0..2 {
-                                let product = if SIGNED {
-                                    // |w| · sign(w) v: the pair's sum is at most 128 · 127 · 2.
-                                    _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(v, w[i]))
-                                } else {
-                                    _mm256_maddubs_epi16(w[i], v)
-                                };
-                                part[t][i] = _mm256_add_epi16(part[t][i], product);
-                            }
+                for quad in chunk * QUADS..chunk * QUADS + quads {
+                    let at = levels.add(2 * (8 * g + quad));
+                    let mut w = [_mm256_load_si256(at), _mm256_load_si256(at.add(1))];
+                    if SIGNED {
+                        w = w.map(|w| _mm256_xor_si256(w, _mm256_set1_epi8(-128)));
+                    }
+                    for t in 0..M {
+                        let q = x.q.add(t * x.stride + GROUP * g + 4 * quad).cast::<i32>();
+                        let v = _mm256_set1_epi32(q.read_unaligned());
+                        for i in 0..2 {
+                            let product = if SIGNED {
+                                // |w| · sign(w) v: the pair's sum is at most 128 · 127 · 2.
+                                _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(v, w[i]))
+                            } else {
+                                _mm256_maddubs_epi16(w[i], v)
+                            };
+                            part[t][i] = _mm256_add_epi16(part[t][i], product);
                         }
                     }
                 }

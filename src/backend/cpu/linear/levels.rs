@@ -116,81 +116,81 @@ pub(super) fn unpack(dtype: DType, blocks: &[u8], out: &mut Levels) {
     let blocks = blocks.chunks_exact(dtype.block_bytes());
     match dtype {
         DType::Q4_0 => blocks.enumerate().for_each(|(g, b)| {
-            nibbles(&b[2..18], group(out, g));
+            nibbles(b, 2, group(out, g));
             set(out, g, f16_at(b, 0), -8.0 * f16_at(b, 0));
         }),
         DType::Q4_1 => blocks.enumerate().for_each(|(g, b)| {
-            nibbles(&b[4..20], group(out, g));
+            nibbles(b, 4, group(out, g));
             set(out, g, f16_at(b, 0), f16_at(b, 2));
         }),
         DType::Q5_0 => blocks.enumerate().for_each(|(g, b)| {
-            nibbles(&b[6..22], group(out, g));
-            fifth_bit(&b[2..6], group(out, g));
+            nibbles(b, 6, group(out, g));
+            fifth_bits(b, 2, group(out, g));
             set(out, g, f16_at(b, 0), -16.0 * f16_at(b, 0));
         }),
         DType::Q5_1 => blocks.enumerate().for_each(|(g, b)| {
-            nibbles(&b[8..24], group(out, g));
-            fifth_bit(&b[4..8], group(out, g));
+            nibbles(b, 8, group(out, g));
+            fifth_bits(b, 4, group(out, g));
             set(out, g, f16_at(b, 0), f16_at(b, 2));
         }),
         DType::Q8_0 => blocks.enumerate().for_each(|(g, b)| {
-            group(out, g).iter_mut().zip(&b[2..34]).for_each(|(q, &w)| *q = w ^ 0x80);
+            group(out, g).iter_mut().zip(array::<32>(b, 2)).for_each(|(q, &w)| *q = w ^ 0x80);
             set(out, g, f16_at(b, 0), -128.0 * f16_at(b, 0));
         }),
         DType::Iq4Nl => blocks.enumerate().for_each(|(g, b)| {
             let q = group(out, g);
-            nibbles(&b[2..18], q);
+            nibbles(b, 2, q);
             q.iter_mut().for_each(|q| *q = IQ4_NL[usize::from(*q & 15)]);
             set(out, g, f16_at(b, 0), -128.0 * f16_at(b, 0));
         }),
         DType::Q4K => blocks.enumerate().for_each(|(s, b)| {
             set_k(out, s, f16_at(b, 0), f16_at(b, 2), &b[4..16]);
-            for pair in 0..4 {
-                let qs = &b[16 + 32 * pair..][..32];
+            let q = super_group(out, s);
+            for (pair, [low, high]) in q.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                let qs: &[u8; 32] = array(b, 16 + 32 * pair);
                 for i in 0..32 {
-                    out.q[256 * s + 64 * pair + i] = qs[i] & 15;
-                    out.q[256 * s + 64 * pair + 32 + i] = qs[i] >> 4;
+                    (low[i], high[i]) = (qs[i] & 15, qs[i] >> 4);
                 }
             }
         }),
         DType::Q5K => blocks.enumerate().for_each(|(s, b)| {
             set_k(out, s, f16_at(b, 0), f16_at(b, 2), &b[4..16]);
-            for pair in 0..4 {
-                let (high, qs) = (&b[16..48], &b[48 + 32 * pair..][..32]);
+            let (q, fifth): (_, &[u8; 32]) = (super_group(out, s), array(b, 16));
+            for (pair, [low, high]) in q.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                let qs: &[u8; 32] = array(b, 48 + 32 * pair);
                 for i in 0..32 {
-                    let bits = high[i] >> (2 * pair);
-                    out.q[256 * s + 64 * pair + i] = (qs[i] & 15) | ((bits & 1) << 4);
-                    out.q[256 * s + 64 * pair + 32 + i] = (qs[i] >> 4) | ((bits & 2) << 3);
+                    let bits = fifth[i] >> (2 * pair);
+                    low[i] = (qs[i] & 15) | ((bits & 1) << 4);
+                    high[i] = (qs[i] >> 4) | ((bits & 2) << 3);
                 }
             }
         }),
         DType::Q6K => blocks.enumerate().for_each(|(s, b)| {
-            for half in 0..2 {
-                let (low, high) = (&b[64 * half..][..64], &b[128 + 32 * half..][..32]);
-                let q = &mut out.q[256 * s + 128 * half..][..128];
+            let q = super_group(out, s);
+            for (half, [q0, q1, q2, q3]) in q.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                let (low, next): (&[u8; 32], &[u8; 32]) = (array(b, 64 * half), array(b, 64 * half + 32));
+                let high: &[u8; 32] = array(b, 128 + 32 * half);
                 for i in 0..32 {
-                    q[i] = (low[i] & 15) | ((high[i] & 3) << 4);
-                    q[32 + i] = (low[32 + i] & 15) | ((high[i] & 0x0c) << 2);
-                    q[64 + i] = (low[i] >> 4) | (high[i] & 0x30);
-                    q[96 + i] = (low[32 + i] >> 4) | ((high[i] & 0xc0) >> 2);
+                    q0[i] = (low[i] & 15) | ((high[i] & 3) << 4);
+                    q1[i] = (next[i] & 15) | ((high[i] & 0x0c) << 2);
+                    q2[i] = (low[i] >> 4) | (high[i] & 0x30);
+                    q3[i] = (next[i] >> 4) | ((high[i] & 0xc0) >> 2);
                 }
             }
             let d = f16_at(b, 208);
             set_halves(out, s, d, |i| (i32::from(b[192 + i] as i8), -32.0 * d * f32::from(b[192 + i] as i8)));
         }),
         DType::Q2K => blocks.enumerate().for_each(|(s, b)| {
-            for part in 0..8 {
-                let qs = &b[16 + 32 * (part / 4)..][..32];
-                let q = &mut out.q[256 * s + 32 * part..][..32];
+            for (part, q) in super_group(out, s).iter_mut().enumerate() {
+                let qs: &[u8; 32] = array(b, 16 + 32 * (part / 4));
                 q.iter_mut().zip(qs).for_each(|(q, bits)| *q = (bits >> (2 * (part % 4))) & 3);
             }
             let (d, min) = (f16_at(b, 80), f16_at(b, 82));
             set_halves(out, s, d, |i| (i32::from(b[i] & 15), -min * f32::from(b[i] >> 4)));
         }),
         DType::Q3K => blocks.enumerate().for_each(|(s, b)| {
-            for part in 0..8 {
-                let (high, qs) = (&b[..32], &b[32 + 32 * (part / 4)..][..32]);
-                let q = &mut out.q[256 * s + 32 * part..][..32];
+            for (part, q) in super_group(out, s).iter_mut().enumerate() {
+                let (high, qs): (&[u8; 32], &[u8; 32]) = (array(b, 0), array(b, 32 + 32 * (part / 4)));
                 for i in 0..32 {
                     q[i] = ((qs[i] >> (2 * (part % 4))) & 3) | (((high[i] >> part) & 1) << 2);
                 }
@@ -205,24 +205,40 @@ pub(super) fn unpack(dtype: DType, blocks: &[u8], out: &mut Levels) {
     }
 }
 
+/// `N` bytes of a block: a fixed length spares the checks that keep loops from vectorising.
 #[inline(always)]
-fn group(out: &mut Levels, g: usize) -> &mut [u8] {
-    &mut out.q[GROUP * g..][..GROUP]
+fn array<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
+    block[at..].first_chunk().expect("the offsets lie inside a block")
 }
 
 #[inline(always)]
-fn nibbles(bytes: &[u8], q: &mut [u8]) {
+fn group(out: &mut Levels, g: usize) -> &mut [u8; GROUP] {
+    &mut out.q.as_chunks_mut().0[g]
+}
+
+/// The eight groups of super block `s`.
+#[inline(always)]
+fn super_group(out: &mut Levels, s: usize) -> &mut [[u8; GROUP]; 8] {
+    &mut out.q.as_chunks_mut().0.as_chunks_mut().0[s]
+}
+
+#[inline(always)]
+fn nibbles(block: &[u8], at: usize, q: &mut [u8; GROUP]) {
+    let bytes: &[u8; 16] = array(block, at);
     for i in 0..16 {
-        q[i] = bytes[i] & 15;
-        q[16 + i] = bytes[i] >> 4;
+        (q[i], q[16 + i]) = (bytes[i] & 15, bytes[i] >> 4);
     }
 }
 
+/// Adds 16 where the group's bit is set.
 #[inline(always)]
-fn fifth_bit(bytes: &[u8], q: &mut [u8]) {
-    let bits = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-    for (i, q) in q.iter_mut().enumerate() {
-        *q |= (((bits >> i) & 1) << 4) as u8;
+fn fifth_bits(block: &[u8], at: usize, q: &mut [u8; GROUP]) {
+    let bytes: &[u8; 4] = array(block, at);
+    for (q, &byte) in q.as_chunks_mut::<8>().0.iter_mut().zip(bytes) {
+        // Each of eight bytes keeps its own bit, which a carry then moves to the top.
+        let own = (u64::from(byte) * 0x0101_0101_0101_0101) & 0x8040_2010_0804_0201;
+        let top = (((own & 0x7f7f_7f7f_7f7f_7f7f) + 0x7f7f_7f7f_7f7f_7f7f) | own) & 0x8080_8080_8080_8080;
+        *q = (u64::from_le_bytes(*q) | (top >> 3)).to_le_bytes();
     }
 }
 

@@ -10,6 +10,9 @@
 //! scratch. A token's result depends on which of the columns of this table was taken, but neither on the other
 //! tokens nor on the number of threads.
 
+// Kernels walk several arrays of vectors by one constant range.
+#![allow(clippy::needless_range_loop)]
+
 #[cfg(target_arch = "x86_64")]
 mod dots_avx2;
 mod gemm;

@@ -49,7 +49,7 @@ unsafe impl<const LANES: usize, const PANELS: usize> Scratch for FloatScratch<LA
 
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Line([u8; 64]);
+struct Line(#[expect(dead_code, reason = "only its size and alignment matter")] [u8; 64]);
 
 /// Lends this thread's scratch memory, with whatever was left in it.
 pub(super) fn with_scratch<T: Scratch, R>(work: impl FnOnce(&mut T) -> R) -> R {
@@ -62,6 +62,15 @@ pub(super) fn with_scratch<T: Scratch, R>(work: impl FnOnce(&mut T) -> R) -> R {
         // SAFETY: large enough, aligned to a cache line, initialised, and any bytes are a `T` (`Scratch`).
         work(unsafe { &mut *lines.as_mut_ptr().cast::<T>() })
     })
+}
+
+/// Columns `k..k + n` of rows `first..first + count`.
+#[derive(Clone, Copy)]
+pub(super) struct Window {
+    pub first: usize,
+    pub count: usize,
+    pub k: usize,
+    pub n: usize,
 }
 
 /// Rows of one matrix, as bytes.
@@ -80,22 +89,24 @@ impl<'a> Rows<'a> {
     /// Columns `k..k + n` of a row; `k` and `n` in whole blocks.
     fn slice(&self, row: usize, k: usize, n: usize) -> &'a [u8] {
         let (len, bytes) = (self.dtype.block_len(), self.dtype.block_bytes());
-        &self.row(row)[k / len * bytes..][..n / len * bytes]
+        let (start, size) = (k / len * bytes, n / len * bytes);
+        let row = self.row(row);
+        // The next slice will be wanted when this one has met all tokens, and slices are too short for the
+        // processor to foresee it.
+        #[cfg(target_arch = "x86_64")]
+        for line in row[start + size..].iter().take(size).step_by(64) {
+            use std::arch::x86_64::*;
+            // SAFETY: every x86-64 processor has it, and it never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(line).cast()) }
+        }
+        &row[start..start + size]
     }
 }
 
 impl<const LANES: usize, const PANELS: usize> IntScratch<LANES, PANELS> {
-    /// Unpacks columns `k..k + n` of rows `first..first + count` into panel `panel`; absent rows are zero.
-    pub fn pack(
-        &mut self,
-        panel: usize,
-        simd: Simd,
-        rows: Rows,
-        first: usize,
-        count: usize,
-        k: usize,
-        n: usize,
-    ) {
+    /// Unpacks into panel `panel`; absent rows are zero.
+    pub fn pack(&mut self, panel: usize, simd: Simd, rows: Rows, at: Window) {
+        let Window { first, count, k, n } = at;
         for (i, levels) in self.rows.iter_mut().enumerate() {
             if i >= count {
                 *levels = Levels::ZERO;
@@ -115,23 +126,15 @@ impl<const LANES: usize, const PANELS: usize> IntScratch<LANES, PANELS> {
         for (from, cols, to) in parts {
             // SAFETY: each source is an array inside every one of `LANES` consecutive `Levels`, `stride` words apart;
             // each target has at least `cols` (n ≤ SLICE) rows of `LANES` words.
-            unsafe { transpose(simd, from.wrapping_add(0), stride, cols, LANES, to) }
+            unsafe { transpose(simd, from, stride, cols, LANES, to) }
         }
     }
 }
 
 impl<const LANES: usize, const PANELS: usize> FloatScratch<LANES, PANELS> {
-    /// As f32: columns `k..k + n`, `n` ≤ [`F32_SLICE`].
-    pub fn pack_f32(
-        &mut self,
-        panel: usize,
-        simd: Simd,
-        rows: Rows,
-        first: usize,
-        count: usize,
-        k: usize,
-        n: usize,
-    ) {
+    /// As f32, `n` ≤ [`F32_SLICE`].
+    pub fn pack_f32(&mut self, panel: usize, simd: Simd, rows: Rows, at: Window) {
+        let Window { first, count, k, n } = at;
         for (i, row) in self.rows.iter_mut().enumerate() {
             let row = &mut bytemuck::cast_slice_mut::<u32, f32>(row)[..n];
             if i < count { to_f32(simd, rows.dtype, rows.slice(first + i, k, n), row) } else { row.fill(0.0) }
@@ -139,17 +142,9 @@ impl<const LANES: usize, const PANELS: usize> FloatScratch<LANES, PANELS> {
         self.turn(panel, simd, n);
     }
 
-    /// As pairs of bf16: columns `k..k + n`, `n` ≤ 2 · [`F32_SLICE`]; an odd last column gets a zero beside it.
-    pub fn pack_bf16(
-        &mut self,
-        panel: usize,
-        simd: Simd,
-        rows: Rows,
-        first: usize,
-        count: usize,
-        k: usize,
-        n: usize,
-    ) {
+    /// As pairs of bf16, `n` ≤ 2 · [`F32_SLICE`]; an odd last column gets a zero beside it.
+    pub fn pack_bf16(&mut self, panel: usize, simd: Simd, rows: Rows, at: Window) {
+        let Window { first, count, k, n } = at;
         for (i, row) in self.rows.iter_mut().enumerate() {
             let pairs = n.div_ceil(2);
             row[pairs - 1] = 0;

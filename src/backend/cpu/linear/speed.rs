@@ -94,10 +94,16 @@ fn linear_speed() {
     let read = read_rate(&mut team);
     #[cfg(target_arch = "x86_64")]
     let (floats, bytes) = if simd >= Simd::Avx2 { multiply_rates(&mut team) } else { (f64::NAN, f64::NAN) };
-    println!("{simd}, {threads} threads: {:.1} GFMA/s, {:.1} G byte products/s, read {:.1} GB/s", floats / 1e9, bytes / 1e9, read / 1e9);
+    println!(
+        "{simd}, {threads} threads: {:.1} GFMA/s, {:.1} G byte products/s, read {:.1} GB/s",
+        floats / 1e9,
+        bytes / 1e9,
+        read / 1e9
+    );
     let only = std::env::var("FORMAT").ok();
     let counts = std::env::var("TOKENS").unwrap_or("512,64,16,8,4,1".into());
-    let counts: Vec<usize> = counts.split(',').map(|n| n.parse().expect("TOKENS is a list of numbers")).collect();
+    let counts: Vec<usize> =
+        counts.split(',').map(|n| n.parse().expect("TOKENS is a list of numbers")).collect();
     let formats = [
         DType::Q4_1,
         DType::Q4_0,
@@ -117,7 +123,8 @@ fn linear_speed() {
         if only.as_ref().is_some_and(|only| only.split(',').all(|only| dtype.to_string() != only)) {
             continue;
         }
-        let shapes = [(576, 576), (1536, 576), (576, 1536), (4864, 896), (896, 4864), (8960, 1536), (1536, 8960)];
+        let shapes =
+            [(576, 576), (1536, 576), (576, 1536), (4864, 896), (896, 4864), (8960, 1536), (1536, 8960)];
         let shapes = if std::env::var("BRIEF").is_ok() { &shapes[3..4] } else { &shapes[..] };
         for &(rows, cols) in shapes {
             let cols = if cols % dtype.block_len() == 0 { cols } else { cols.next_multiple_of(256) };
