@@ -17,6 +17,9 @@ use half::bf16;
 /// Keys taken into the running result at a time. A multiple of every register's lanes.
 const KEYS: usize = 128;
 
+/// Keys between the one worked on and the one asked for from memory.
+const AHEAD: usize = 16;
+
 /// Some keys and values in memory.
 struct Stretch<'a, T> {
     keys: *const T,
@@ -161,6 +164,9 @@ unsafe fn attend_block<V: Vector, T: PageElement, const R: usize, const B: usize
         while key < stretch.count {
             let offsets = stretch.offsets.as_ptr().add(key).cast::<[usize; B]>().read();
             if first == 0 {
+                let ahead = (key + AHEAD).min(stretch.offsets.len() - B);
+                let later = stretch.offsets.as_ptr().add(ahead).cast::<[usize; B]>().read();
+                prefetch::<V, T>(stretch.keys, &later, wide);
                 prefetch::<V, T>(stretch.values, &offsets, wide);
             }
             let mut sums = [[V::splat(0.0); B]; R];

@@ -88,20 +88,24 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
         |r: usize| (sequence.row + task.from + r / call.group, task.kv_head * call.group + r % call.group);
     let mut at = 0;
     while at < registers {
-        let width = PANEL.min(registers - at) * V::LANES;
-        let panel = &mut q[at * V::LANES * call.dim..][..width * call.dim];
-        for lane in 0..width {
-            let r = at * V::LANES + lane;
-            if r >= rows {
-                (0..call.dim).for_each(|d| panel[d * width + lane] = 0.0);
-                continue;
+        let count = PANEL.min(registers - at);
+        for register in at..at + count {
+            // Lanes without a row of their own repeat the last one.
+            let mut lanes = [std::ptr::null(); 16];
+            for (lane, query) in lanes.iter_mut().enumerate().take(V::LANES) {
+                let (token, head) = row_of((register * V::LANES + lane).min(rows - 1));
+                *query = call.query(token, head).as_ptr();
             }
-            let (token, head) = row_of(r);
-            for (d, x) in call.query(token, head).iter().enumerate() {
-                panel[d * width + lane] = *x;
+            let panel = &mut q[at * V::LANES * call.dim..][..count * V::LANES * call.dim];
+            for (d, step) in panel.chunks_exact_mut(count * V::LANES).enumerate() {
+                let to = &mut step[(register - at) * V::LANES..][..V::LANES];
+                for lane in 0..V::LANES {
+                    // SAFETY: a query has dim elements.
+                    to[lane] = unsafe { *lanes[lane].add(d) };
+                }
             }
         }
-        at += width / V::LANES;
+        at += count;
     }
 
     let mut tile = Tile { call, stride, keys, values, scores };
@@ -148,10 +152,10 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
             let scale = 1.0 / sum[r];
             let column = &out[lane * stride + r - lane..];
             let result = call.result(token, head);
-            for d in 0..call.dim {
+            for (d, step) in column.chunks(width).take(call.dim).enumerate() {
                 // + 0 so that no sum is −0 for one way of tiling and +0 for another.
                 // SAFETY: the result has dim elements, which are this task's alone.
-                unsafe { *result.add(d) = column[d * width] * scale + 0.0 }
+                unsafe { *result.add(d) = step[0] * scale + 0.0 }
             }
         }
         at += width / V::LANES;
@@ -211,7 +215,9 @@ impl Tile<'_> {
             staged[..before].fill(0.0);
             staged[after..].fill(0.0);
             for (&offset, row) in offsets.iter().zip(staged[before..after].chunks_exact_mut(self.stride)) {
-                row[self.call.dim..].fill(0.0);
+                if self.call.dim < self.stride {
+                    row[self.call.dim..].fill(0.0);
+                }
                 // SAFETY: the caller's promise; `page_offsets` are in bounds; the row has at least dim elements.
                 unsafe { widen_row::<V, T>(base.add(offset), self.call.dim, row.as_mut_ptr()) }
             }
