@@ -5,6 +5,9 @@
 //! lanes of registers; up to four rows are worked on together, with as
 //! many keys, or registers of a value, as AVX2 has registers for.
 
+// Blocks of registers are indexed alike, row and column.
+#![allow(clippy::needless_range_loop)]
+
 use super::{
     Call, Exponent, Scratch, page_ptr,
     plan::{Reduction, Task},

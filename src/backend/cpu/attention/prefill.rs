@@ -12,6 +12,9 @@
 //! One or two registers of rows make a *panel*; a 6 × 2 block of sums fills the register file of AVX2, with no spill. A
 //! row's numbers don't depend on the rows beside it: a key that it doesn't see adds exactly 0.
 
+// Blocks of registers are indexed alike, row and column.
+#![allow(clippy::needless_range_loop)]
+
 use super::{
     Call, Exponent, Scratch, Sequence, page_ptr,
     plan::Task,
@@ -84,29 +87,7 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
     // Finite, so that nothing minus it is NaN.
     max.fill(f32::MIN);
     sum.fill(0.0);
-    let row_of =
-        |r: usize| (sequence.row + task.from + r / call.group, task.kv_head * call.group + r % call.group);
-    let mut at = 0;
-    while at < registers {
-        let count = PANEL.min(registers - at);
-        for register in at..at + count {
-            // Lanes without a row of their own repeat the last one.
-            let mut lanes = [std::ptr::null(); 16];
-            for (lane, query) in lanes.iter_mut().enumerate().take(V::LANES) {
-                let (token, head) = row_of((register * V::LANES + lane).min(rows - 1));
-                *query = call.query(token, head).as_ptr();
-            }
-            let panel = &mut q[at * V::LANES * call.dim..][..count * V::LANES * call.dim];
-            for (d, step) in panel.chunks_exact_mut(count * V::LANES).enumerate() {
-                let to = &mut step[(register - at) * V::LANES..][..V::LANES];
-                for lane in 0..V::LANES {
-                    // SAFETY: a query has dim elements.
-                    to[lane] = unsafe { *lanes[lane].add(d) };
-                }
-            }
-        }
-        at += count;
-    }
+    pack_queries::<V>(call, task, &sequence, q);
 
     let mut tile = Tile { call, stride, keys, values, scores };
     let first = call.first_key(sequence.at + task.from);
@@ -143,22 +124,46 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
         }
     }
 
-    let mut at = 0;
-    while at < registers {
-        let width = PANEL.min(registers - at) * V::LANES;
-        let lane = at * V::LANES;
-        for r in lane..(lane + width).min(rows) {
-            let (token, head) = row_of(r);
-            let scale = 1.0 / sum[r];
-            let column = &out[lane * stride + r - lane..];
-            let result = call.result(token, head);
-            for (d, step) in column.chunks(width).take(call.dim).enumerate() {
-                // + 0 so that no sum is −0 for one way of tiling and +0 for another.
-                // SAFETY: the result has dim elements, which are this task's alone.
-                unsafe { *result.add(d) = step[0] * scale + 0.0 }
+    for r in 0..rows {
+        let lane = r / (PANEL * V::LANES) * PANEL * V::LANES;
+        let width = (PANEL * V::LANES).min(padded - lane);
+        let (token, head) = row_of(call, task, &sequence, r);
+        let scale = 1.0 / sum[r];
+        let result = call.result(token, head);
+        for (d, step) in out[lane * stride + r - lane..].chunks(width).take(call.dim).enumerate() {
+            // + 0 so that no sum is −0 for one way of tiling and +0 for another.
+            // SAFETY: the result has dim elements, which are this task's alone.
+            unsafe { *result.add(d) = step[0] * scale + 0.0 }
+        }
+    }
+}
+
+/// Row of q and out, and head, of a row of the task.
+fn row_of(call: &Call, task: &Task, sequence: &Sequence, r: usize) -> (usize, usize) {
+    (sequence.row + task.from + r / call.group, task.kv_head * call.group + r % call.group)
+}
+
+/// The queries of the task's rows, panel after panel `[dim][rows]`. Lanes without a row of their own repeat the last one.
+#[inline(always)]
+fn pack_queries<V: Vector>(call: &Call, task: &Task, sequence: &Sequence, q: &mut [f32]) {
+    let rows = (task.to - task.from) * call.group;
+    for (p, panel) in q.chunks_mut(PANEL * V::LANES * call.dim).enumerate() {
+        let width = panel.len() / call.dim;
+        for register in (0..width).step_by(V::LANES) {
+            let mut lanes = [std::ptr::null(); 16];
+            for (lane, query) in lanes.iter_mut().enumerate().take(V::LANES) {
+                let r = p * PANEL * V::LANES + register + lane;
+                let (token, head) = row_of(call, task, sequence, r.min(rows - 1));
+                *query = call.query(token, head).as_ptr();
+            }
+            for (d, step) in panel.chunks_exact_mut(width).enumerate() {
+                let to = &mut step[register..][..V::LANES];
+                for lane in 0..V::LANES {
+                    // SAFETY: a query has dim elements.
+                    to[lane] = unsafe { *lanes[lane].add(d) };
+                }
             }
         }
-        at += width / V::LANES;
     }
 }
 

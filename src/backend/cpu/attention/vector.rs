@@ -69,7 +69,7 @@ impl PageElement for bf16 {
 
 /// `2^r` on [−½, ½]: a minimax polynomial, highest power first, the last coefficient being 1.
 const EXP2: [f32; 6] =
-    [1.535_336_2e-4, 1.339_887_5e-3, 9.618_437e-3, 5.550_332_4e-2, 0.240_226_48, 0.693_147_2];
+    [1.535_336_2e-4, 1.339_887_5e-3, 9.618_437e-3, 5.550_332_4e-2, 0.240_226_48, std::f32::consts::LN_2];
 
 /// tanh as a ratio of minimax polynomials in x², highest power first (the fit of Eigen's `ptanh`).
 const TANH_NUMERATOR: [f32; 7] = [
