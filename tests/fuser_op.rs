@@ -48,7 +48,8 @@ impl Columns {
         let slots = blocks * BLOCK;
         // Backwards in steps of 3, which visits each slot once where 3 does not divide them; else in order.
         let scattered = |i| (3 * slots - 3 * i - 1) % slots;
-        let order: Vec<usize> = (0..tokens).map(|i| if slots % 3 == 0 { i } else { scattered(i) }).collect();
+        let order: Vec<usize> =
+            (0..tokens).map(|i| if slots.is_multiple_of(3) { i } else { scattered(i) }).collect();
         let width = heads * dim;
         let page = |data: &[f32]| {
             let mut page = vec![f32::NAN; blocks * BLOCK * width];

@@ -29,6 +29,9 @@ pub struct Dump {
     integers: BTreeMap<String, (Vec<usize>, Vec<i64>)>,
 }
 
+/// Shape and elements.
+type Numbers = (Vec<usize>, Vec<i64>);
+
 fn malformed(path: &Path, reason: impl Into<String>) -> Error {
     Error::Replay { path: path.display().to_string(), reason: reason.into() }
 }
@@ -39,7 +42,7 @@ impl ReplayInput {
         let bytes = std::fs::read(path).map_err(|error| malformed(path, error.to_string()))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|error| malformed(path, error.to_string()))?;
         let find = |name: &str| file.tensor(name).ok();
-        let numbers = |name: &str| -> Result<Option<(Vec<usize>, Vec<i64>)>, Error> {
+        let numbers = |name: &str| -> Result<Option<Numbers>, Error> {
             let Some(view) = find(name) else { return Ok(None) };
             let data = view.data();
             let values = match view.dtype() {
@@ -60,7 +63,7 @@ impl ReplayInput {
             Ok(Some((view.shape().to_vec(), values)))
         };
         // One tensor for all models, or one a model.
-        let per_model = |name: &str| -> Result<Vec<(Vec<usize>, Vec<i64>)>, Error> {
+        let per_model = |name: &str| -> Result<Vec<Numbers>, Error> {
             if let Some(one) = numbers(name)? {
                 return Ok(vec![one]);
             }
@@ -116,7 +119,7 @@ impl ReplayInput {
         if covered != width {
             return Err(Error::SectionLength { sections: covered, tokens: width });
         }
-        let flags = |(_, values): (Vec<usize>, Vec<i64>)| values.iter().map(|&v| v != 0).collect();
+        let flags = |(_, values): Numbers| values.iter().map(|&v| v != 0).collect();
         Ok(ReplayInput {
             rows,
             width,
@@ -133,7 +136,7 @@ impl ReplayInput {
         self.width - self.sections.last().map_or(0, |section| section.len)
     }
 
-    fn at<'a, T>(list: &'a [Vec<T>], model: usize) -> Option<&'a [T]> {
+    fn at<T>(list: &[Vec<T>], model: usize) -> Option<&[T]> {
         list.get(model).or(list.first()).map(Vec::as_slice)
     }
 
@@ -162,12 +165,7 @@ impl ReplayInput {
         Ok((kept.iter().map(id).collect::<Result<_, _>>()?, kept.iter().map(position).collect()))
     }
 
-    fn prompt(
-        &self,
-        path: &Path,
-        row: usize,
-        sharers: usize,
-    ) -> Result<(Prompt, Vec<usize>, Vec<Vec<usize>>), Error> {
+    fn prompt(&self, path: &Path, row: usize, sharers: usize) -> Result<Row, Error> {
         let kept = self.kept(0, row, self.width);
         let (ids, positions) = self.read_row(path, 0, row, &kept)?;
         let mut start = 0;
@@ -190,8 +188,17 @@ impl ReplayInput {
         if prompt.sections.last().is_none_or(|section| section.len == 0) {
             return Err(malformed(path, format!("row {row} has no token in its last section")));
         }
-        Ok((prompt, kept, read))
+        Ok(Row { prompt, kept, read })
     }
+}
+
+/// One row of a batch without its padding.
+struct Row {
+    prompt: Prompt,
+    /// Columns of the input that the receiver reads.
+    kept: Vec<usize>,
+    /// The same for each sharer, before the last section.
+    read: Vec<Vec<usize>>,
 }
 
 /// Replays `input`; `params.max_new_tokens` = 0 leaves out generation.
@@ -209,7 +216,7 @@ pub fn replay(session: &Session, path: &Path, params: &SamplingParams) -> Result
     let (mut loss, mut targets) = (0.0f64, 0usize);
     let mut sequences = Vec::new();
     for row in 0..rows {
-        let (prompt, kept, read) = input.prompt(path, row, session.sharers.len())?;
+        let Row { prompt, kept, read } = input.prompt(path, row, session.sharers.len())?;
         let sharer_tokens: Vec<usize> = prompt.sharers.iter().map(|own| own.ids.len()).collect();
         let room = prompt.ids.len() + params.max_new_tokens;
         let mut link = session.link(room, &sharer_tokens)?;

@@ -103,10 +103,6 @@ impl Executor {
         Executor { state: Mutex::new(state), team: Mutex::new(Team::new(threads)) }
     }
 
-    pub fn threads(&self) -> usize {
-        lock(&self.team).threads()
-    }
-
     pub fn new_queue(&self) -> usize {
         let mut state = lock(&self.state);
         state.lanes.push(Lane::default());

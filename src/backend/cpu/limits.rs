@@ -61,18 +61,16 @@ fn rate(team: &mut Team, simd: Simd, kind: Kind) -> f64 {
 /// Runs the multiply-add loop; returns how many it did.
 fn loop_of(simd: Simd, kind: Kind) -> usize {
     #[cfg(target_arch = "x86_64")]
-    match (simd, kind) {
-        // SAFETY (each): `simd` was detected on this processor.
-        (Simd::Avx512, Kind::F32) => return unsafe { x86::f32_avx512() },
-        // SAFETY: as above.
-        (Simd::Avx512, Kind::Bf16) => return unsafe { x86::bf16_avx512() },
-        // SAFETY: as above.
-        (Simd::Avx512, Kind::Int8) => return unsafe { x86::int8_avx512() },
-        // SAFETY: as above.
-        (Simd::Avx2, Kind::F32 | Kind::Bf16) => return unsafe { x86::f32_avx2() },
-        // SAFETY: as above.
-        (Simd::Avx2, Kind::Int8) => return unsafe { x86::int8_avx2() },
-        (Simd::Portable, _) => {}
+    // SAFETY: `simd` was detected on this processor, and each function needs no more than its level.
+    unsafe {
+        match (simd, kind) {
+            (Simd::Avx512, Kind::F32) => return x86::f32_avx512(),
+            (Simd::Avx512, Kind::Bf16) => return x86::bf16_avx512(),
+            (Simd::Avx512, Kind::Int8) => return x86::int8_avx512(),
+            (Simd::Avx2, Kind::F32 | Kind::Bf16) => return x86::f32_avx2(),
+            (Simd::Avx2, Kind::Int8) => return x86::int8_avx2(),
+            (Simd::Portable, _) => {}
+        }
     }
     let (mut sums, factor) = ([1.0f32; 32], black_box(0.999f32));
     for _ in 0..STEPS / 4 {

@@ -114,14 +114,14 @@ pub(super) fn erf(x: f32) -> f32 {
     let mut poly = 0.170_872_77_f32;
     for c in [
         -0.822_152_23,
-        1.488_515_87,
-        -1.135_203_98,
+        1.488_515_9,
+        -1.135_204,
         0.278_868_07,
         -0.186_288_06,
         0.096_784_18,
         0.374_091_96,
-        1.000_023_68,
-        -1.265_512_23,
+        1.000_023_7,
+        -1.265_512_2,
     ] {
         poly = poly * t + c;
     }
@@ -129,7 +129,7 @@ pub(super) fn erf(x: f32) -> f32 {
     // Near zero the tail form loses digits: Taylor there.
     let x2 = x * x;
     let mut series = -8.548_327e-4_f32;
-    for c in [5.223_978e-3, -2.686_617e-2, 0.112_837_92, -0.376_126_4, 1.128_379_2] {
+    for c in [5.223_978e-3, -2.686_617e-2, 0.112_837_92, -0.376_126_4, std::f32::consts::FRAC_2_SQRT_PI] {
         series = series * x2 + c;
     }
     if a < 0.5 { series * x } else { tail.copysign(x) }
