@@ -12,7 +12,11 @@ use super::{
     pack::{IntPanel, IntScratch, ROWS, Rows, with_scratch},
     quantize::Activations,
 };
-use std::{arch::x86_64::*, hint::black_box, ops::Range};
+use std::{
+    arch::{asm, x86_64::*},
+    hint::black_box,
+    ops::Range,
+};
 
 /// `y[tokens, rows] += x · Wᵀ`.
 ///
@@ -96,6 +100,23 @@ impl Input {
     }
 }
 
+/// `sum + w · v`, bytes in pairs. As assembly because that keeps its place: left to itself the compiler turns the
+/// unrolled loop inside out, token by token, and has registers for none of the weights.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn multiply_add(mut sum: __m256i, w: __m256i, v: __m256i) -> __m256i {
+    // SAFETY: works on registers only.
+    unsafe {
+        asm!(
+            "vpmaddubsw {product}, {w}, {v}",
+            "vpaddw {sum}, {sum}, {product}",
+            product = out(ymm_reg) _, w = in(ymm_reg) w, v = in(ymm_reg) v, sum = inout(ymm_reg) sum,
+            options(nomem, nostack, preserves_flags),
+        )
+    }
+    sum
+}
+
 type Args<'a> = (Input, &'a IntPanel<16>, *mut f32, usize);
 
 #[target_feature(enable = "avx2,fma")]
@@ -117,11 +138,10 @@ unsafe fn tile_avx2_of<const M: usize, const QUADS: usize, const HALVES: bool, c
     (x, panel, y, y_stride): Args,
 ) {
     let ones = _mm256_set1_epi16(1);
-    // Fully unrolled, the loops over quads would load all of them first and have registers for none.
-    let chunks = if QUADS > 2 { 8 / QUADS } else { black_box(8 / QUADS) };
-    let quads = if QUADS > 2 { black_box(QUADS) } else { QUADS };
     let mut acc = [[_mm256_setzero_ps(); 2]; M];
     prefetch::<M>(y, y_stride);
+    // Many short sums need more registers than there are when unrolled.
+    let chunks = if QUADS > 2 { 8 / QUADS } else { black_box(8 / QUADS) };
     // SAFETY: the caller vouches for M rows of `x.groups` groups, as many in the panel, and a tile of y.
     unsafe {
         let (levels, scale) = (panel.q.as_ptr().cast::<__m256i>(), panel.scale.as_ptr().cast::<f32>());
@@ -130,7 +150,7 @@ unsafe fn tile_avx2_of<const M: usize, const QUADS: usize, const HALVES: bool, c
             let mut sum = [[_mm256_setzero_si256(); 2]; M];
             for chunk in 0..chunks {
                 let mut part = [[_mm256_setzero_si256(); 2]; M];
-                for quad in chunk * QUADS..chunk * QUADS + quads {
+                for quad in chunk * QUADS..(chunk + 1) * QUADS {
                     let at = levels.add(2 * (8 * g + quad));
                     let mut w = [_mm256_load_si256(at), _mm256_load_si256(at.add(1))];
                     if SIGNED {
@@ -140,13 +160,14 @@ unsafe fn tile_avx2_of<const M: usize, const QUADS: usize, const HALVES: bool, c
                         let q = x.q.add(t * x.stride + GROUP * g + 4 * quad).cast::<i32>();
                         let v = _mm256_set1_epi32(q.read_unaligned());
                         for i in 0..2 {
-                            let product = if SIGNED {
-                                // |w| · sign(w) v: the pair's sum is at most 128 · 127 · 2.
-                                _mm256_maddubs_epi16(_mm256_abs_epi8(w[i]), _mm256_sign_epi8(v, w[i]))
+                            // |w| · sign(w) v for signed bytes: a pair's sum is at most 128 · 127 · 2.
+                            let v = if SIGNED { _mm256_sign_epi8(v, w[i]) } else { v };
+                            let w = if SIGNED { _mm256_abs_epi8(w[i]) } else { w[i] };
+                            part[t][i] = if QUADS > 2 {
+                                multiply_add(part[t][i], w, v)
                             } else {
-                                _mm256_maddubs_epi16(w[i], v)
+                                _mm256_add_epi16(part[t][i], _mm256_maddubs_epi16(w, v))
                             };
-                            part[t][i] = _mm256_add_epi16(part[t][i], product);
                         }
                     }
                 }
