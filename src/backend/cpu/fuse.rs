@@ -6,6 +6,7 @@ use super::{
     linear::matmul,
     pointwise::{activate, exp, sum_of_squares, vector},
     rope::{PageWriter, page_offset, read_page},
+    simd::vectorized,
     team::Team,
 };
 use crate::{
@@ -297,31 +298,9 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// In place. The same numbers at every level: wider registers, no contraction.
-fn gelu(simd: Simd, x: &mut [f32]) {
-    #[inline(always)]
-    fn portable(x: &mut [f32]) {
+vectorized! {
+    /// In place.
+    fn gelu(x: &mut [f32]) {
         x.iter_mut().for_each(|x| *x = activate(Activation::GeluErf, *x));
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn avx2(x: &mut [f32]) {
-        portable(x)
-    }
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
-    fn avx512(x: &mut [f32]) {
-        portable(x)
-    }
-    match simd {
-        Simd::Portable => portable(x),
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `Simd` is at most what the processor was found to have.
-        Simd::Avx2 => unsafe { avx2(x) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Simd::Avx512 => unsafe { avx512(x) },
-        #[cfg(not(target_arch = "x86_64"))]
-        _ => portable(x),
     }
 }

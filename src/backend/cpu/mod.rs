@@ -126,8 +126,8 @@ impl Backend for Cpu {
     }
 
     fn rms_norm(&self, queue: usize, p: ops::RmsNormParams, x: &Tensor, weight: &Tensor, out: &Tensor) {
-        let (x, weight, out) = (x.clone(), weight.clone(), out.clone());
-        self.executor.issue(queue, move |team| pointwise::rms_norm(team, p, &x, &weight, &out));
+        let (simd, x, weight, out) = (self.simd, x.clone(), weight.clone(), out.clone());
+        self.executor.issue(queue, move |team| pointwise::rms_norm(team, simd, p, &x, &weight, &out));
     }
 
     fn linear(&self, queue: usize, p: ops::LinearParams, x: &Tensor, weight: &ops::Weight, out: &Tensor) {
@@ -136,13 +136,13 @@ impl Backend for Cpu {
     }
 
     fn glu(&self, queue: usize, p: ops::GluParams, x: &Tensor, out: &Tensor) {
-        let (x, out) = (x.clone(), out.clone());
-        self.executor.issue(queue, move |team| pointwise::glu(team, p, &x, &out));
+        let (simd, x, out) = (self.simd, x.clone(), out.clone());
+        self.executor.issue(queue, move |team| pointwise::glu(team, simd, p, &x, &out));
     }
 
     fn rope_kv_write(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeOperands) {
-        let operands = operands.clone();
-        self.executor.issue(queue, move |team| rope::rope_kv_write(team, p, &operands));
+        let (simd, operands) = (self.simd, operands.clone());
+        self.executor.issue(queue, move |team| rope::rope_kv_write(team, simd, p, &operands));
     }
 
     fn paged_attention(&self, queue: usize, p: ops::AttentionParams, operands: &ops::AttentionOperands) {

@@ -1,6 +1,6 @@
 //! Row-wise ops: embedding, RMSNorm, GLU, soft cap, gather. Memory-bound; plain Rust that vectorises.
 
-use super::{blocks, team::Team};
+use super::{Simd, blocks, simd::vectorized, team::Team};
 use crate::{
     backend::{DType, Tensor},
     ops::{Activation, EmbedParams, GluParams, NormOutput, RmsNormParams},
@@ -32,6 +32,7 @@ pub(super) fn vector(tensor: &Tensor) -> Vec<f32> {
 }
 
 /// Sum of squares in eight fixed lanes: same order on every run, and the compiler can vectorise it.
+#[inline(always)]
 pub(super) fn sum_of_squares(x: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 8];
     let chunks = x.chunks_exact(8);
@@ -47,7 +48,14 @@ pub(super) fn sum_of_squares(x: &[f32]) -> f32 {
     lanes.iter().sum()
 }
 
-pub(super) fn rms_norm(team: &mut Team, p: RmsNormParams, x: &Tensor, weight: &Tensor, out: &Tensor) {
+pub(super) fn rms_norm(
+    team: &mut Team,
+    simd: Simd,
+    p: RmsNormParams,
+    x: &Tensor,
+    weight: &Tensor,
+    out: &Tensor,
+) {
     let cols = p.cols as usize;
     let weight: Vec<f32> = vector(weight).iter().map(|w| w + p.offset).collect();
     let per_task = rows_per_task(cols);
@@ -56,21 +64,33 @@ pub(super) fn rms_norm(team: &mut Team, p: RmsNormParams, x: &Tensor, weight: &T
     let input = if same { &[][..] } else { x.host::<f32>() };
     team.chunks_mut(out.host_mut::<f32>(), per_task * cols, |task, rows| {
         for (i, y) in rows.chunks_exact_mut(cols).enumerate() {
-            let at = (task * per_task + i) * cols;
             if same {
-                let scale = 1.0 / (sum_of_squares(y) / cols as f32 + p.eps).sqrt();
-                y.iter_mut().zip(&weight).for_each(|(y, &w)| *y = *y * scale * w);
-                continue;
-            }
-            let x = &input[at..at + cols];
-            let scale = 1.0 / (sum_of_squares(x) / cols as f32 + p.eps).sqrt();
-            let pairs = y.iter_mut().zip(x).zip(&weight);
-            match p.output {
-                NormOutput::Assign => pairs.for_each(|((y, &x), &w)| *y = x * scale * w),
-                NormOutput::Add => pairs.for_each(|((y, &x), &w)| *y += x * scale * w),
+                norm_in_place(simd, y, &weight, p.eps);
+            } else {
+                let row = task * per_task + i;
+                norm_row(simd, &input[row * cols..(row + 1) * cols], &weight, p.eps, p.output, y);
             }
         }
     });
+}
+
+vectorized! {
+    /// `y = x / √(mean(x²) + eps) · weight`
+    pub(super) fn norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+        let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
+        x.iter_mut().zip(weight).for_each(|(x, &w)| *x = *x * scale * w);
+    }
+}
+
+vectorized! {
+    fn norm_row(x: &[f32], weight: &[f32], eps: f32, output: NormOutput, y: &mut [f32]) {
+        let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
+        let pairs = y.iter_mut().zip(x).zip(weight);
+        match output {
+            NormOutput::Assign => pairs.for_each(|((y, &x), &w)| *y = x * scale * w),
+            NormOutput::Add => pairs.for_each(|((y, &x), &w)| *y += x * scale * w),
+        }
+    }
 }
 
 /// `act(x)`. Inlined, so that loops over one activation vectorise.
@@ -135,25 +155,28 @@ pub(super) fn erf(x: f32) -> f32 {
     if a < 0.5 { series * x } else { tail.copysign(x) }
 }
 
-pub(super) fn glu(team: &mut Team, p: GluParams, x: &Tensor, out: &Tensor) {
+pub(super) fn glu(team: &mut Team, simd: Simd, p: GluParams, x: &Tensor, out: &Tensor) {
     let (cols, x) = (p.cols as usize, x.host::<f32>());
     let per_task = rows_per_task(cols);
     team.chunks_mut(out.host_mut::<f32>(), per_task * cols, |task, rows| {
         for (i, y) in rows.chunks_exact_mut(cols).enumerate() {
             let at = (task * per_task + i) * 2 * cols;
             let (gate, up) = x[at..at + 2 * cols].split_at(cols);
-            let triples = y.iter_mut().zip(gate).zip(up);
-            match p.activation {
-                Activation::Silu => triples.for_each(|((y, &g), &u)| *y = activate(Activation::Silu, g) * u),
-                Activation::GeluTanh => {
-                    triples.for_each(|((y, &g), &u)| *y = activate(Activation::GeluTanh, g) * u)
-                }
-                Activation::GeluErf => {
-                    triples.for_each(|((y, &g), &u)| *y = activate(Activation::GeluErf, g) * u)
-                }
-            }
+            glu_row(simd, p.activation, gate, up, y);
         }
     });
+}
+
+vectorized! {
+    fn glu_row(activation: Activation, gate: &[f32], up: &[f32], y: &mut [f32]) {
+        let triples = y.iter_mut().zip(gate).zip(up);
+        // The match stands outside the loop: inside it would keep it from vectorising.
+        match activation {
+            Activation::Silu => triples.for_each(|((y, &g), &u)| *y = activate(Activation::Silu, g) * u),
+            Activation::GeluTanh => triples.for_each(|((y, &g), &u)| *y = activate(Activation::GeluTanh, g) * u),
+            Activation::GeluErf => triples.for_each(|((y, &g), &u)| *y = activate(Activation::GeluErf, g) * u),
+        }
+    }
 }
 
 pub(super) fn soft_cap(team: &mut Team, cap: f32, x: &Tensor) {

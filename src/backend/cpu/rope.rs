@@ -1,7 +1,9 @@
 //! q/k norm, rotation and the write of K and V into their pages; copies between pages.
 
 use super::{
-    pointwise::{sum_of_squares, vector},
+    Simd,
+    pointwise::{norm_in_place, vector},
+    simd::vectorized,
     team::{SendPtr, Team},
 };
 use crate::{
@@ -16,7 +18,7 @@ pub(super) fn page_offset(pages: &KvPages, slot: usize, head: usize) -> usize {
     ((slot / size * pages.kv_heads() + head) * size + slot % size) * pages.head_dim()
 }
 
-pub(super) fn rope_kv_write(team: &mut Team, p: RopeParams, o: &RopeOperands) {
+pub(super) fn rope_kv_write(team: &mut Team, simd: Simd, p: RopeParams, o: &RopeOperands) {
     let (heads, kv_heads, dim) = (p.heads as usize, p.kv_heads as usize, p.head_dim as usize);
     let width = (heads + 2 * kv_heads) * dim;
     let norm = |weight: &Option<Tensor>| {
@@ -37,15 +39,9 @@ pub(super) fn rope_kv_write(team: &mut Team, p: RopeParams, o: &RopeOperands) {
             for (head, x) in qk.chunks_exact_mut(dim).enumerate() {
                 let weight = if head < heads { &q_norm } else { &k_norm };
                 if let Some(weight) = weight {
-                    let scale = 1.0 / (sum_of_squares(x) / dim as f32 + p.norm_eps).sqrt();
-                    x.iter_mut().zip(weight).for_each(|(x, &w)| *x = *x * scale * w);
+                    norm_in_place(simd, x, weight, p.norm_eps);
                 }
-                for i in 0..dim / 2 {
-                    let (a, b) =
-                        if p.interleaved != 0 { (x[2 * i], x[2 * i + 1]) } else { (x[i], x[i + dim / 2]) };
-                    rotated[i] = a * cos[i] - b * sin[i];
-                    rotated[i + dim / 2] = b * cos[i] + a * sin[i];
-                }
+                rotate(simd, p.interleaved != 0, x, cos, sin, &mut rotated);
                 if head < heads {
                     x.copy_from_slice(&rotated);
                 } else {
@@ -57,6 +53,19 @@ pub(super) fn rope_kv_write(team: &mut Team, p: RopeParams, o: &RopeOperands) {
             }
         }
     });
+}
+
+vectorized! {
+    /// One head, into Hugging Face's order of pairs.
+    fn rotate(interleaved: bool, x: &[f32], cos: &[f32], sin: &[f32], out: &mut [f32]) {
+        let half = x.len() / 2;
+        let (low, high) = out.split_at_mut(half);
+        for i in 0..half {
+            let (a, b) = if interleaved { (x[2 * i], x[2 * i + 1]) } else { (x[i], x[i + half]) };
+            low[i] = a * cos[i] - b * sin[i];
+            high[i] = b * cos[i] + a * sin[i];
+        }
+    }
 }
 
 /// Writes rows into a page tensor from several tasks at once.

@@ -38,6 +38,39 @@ impl Simd {
     }
 }
 
+/// Defines a function of plain Rust that is compiled once per level, so that its loops use the level's registers, and
+/// takes the level as an argument before its own. What it calls must be `#[inline(always)]`. Same results on every
+/// level: nothing is contracted or reordered.
+macro_rules! vectorized {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $body:block) => {
+        $(#[$meta])*
+        $vis fn $name(simd: $crate::backend::cpu::Simd, $($arg: $type),*) {
+            #[inline(always)]
+            fn portable($($arg: $type),*) $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2")]
+            fn avx2($($arg: $type),*) {
+                portable($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+            fn avx512($($arg: $type),*) {
+                portable($($arg),*)
+            }
+            match simd {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: a level is at most what the processor was found to have.
+                $crate::backend::cpu::Simd::Avx2 => unsafe { avx2($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                $crate::backend::cpu::Simd::Avx512 => unsafe { avx512($($arg),*) },
+                _ => portable($($arg),*),
+            }
+        }
+    };
+}
+pub(super) use vectorized;
+
 impl fmt::Display for Simd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
