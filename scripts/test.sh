@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# All tests: formatting, lints, unit and integration tests.
+# All tests. Needs Rust with rustfmt and clippy, and a C compiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cargo fmt --all --check
-cargo clippy --all-targets -- -D warnings
-cargo test
+
+step() { printf '\n== %s\n' "$*"; "$@"; }
+
+step cargo fmt --all --check
+step cargo clippy --all-targets -- -D warnings
+# A test that provokes panics should not fill the log with their traces.
+RUST_BACKTRACE=0 step cargo test
+step cargo bench -- --test
+step scripts/readme.sh

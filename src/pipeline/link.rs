@@ -308,7 +308,11 @@ impl Link {
         fused: &mut [Option<Event>],
         report: &mut PrefillReport,
     ) -> Result<(), Error> {
-        let selected: Vec<usize> = (0..self.sharers.len()).filter(|i| mask >> i & 1 == 1).collect();
+        let open = |sharer: &usize| self.gates[*sharer].iter().any(|gates| *gates != [0.0; 2]);
+        let selected: Vec<usize> = (0..self.sharers.len()).filter(|i| mask >> i & 1 == 1).filter(open).collect();
+        if selected.is_empty() {
+            return Ok(());
+        }
         let several = selected.len() > 1 && self.mode == FusionMode::Parallel;
         // Several sharers in parallel all read the plain cache while the sum grows in place: keep a plain copy.
         let plain = several.then(|| self.plain_copy(end - start)).transpose()?;
