@@ -5,10 +5,7 @@ use c2c::{
         Backend, Precision, Queue, Tensor,
         cpu::{Cpu, Schedule, Simd},
     },
-    fuser::{
-        CacheShape, FuseCall, Fuser, FuserConfig, FuserSet, FusionMode, GateOverride, Kind, LayerProjector,
-        Mapping, ReceiverColumns, SharerColumns,
-    },
+    fuser::{CacheShape, FuseCall, Fuser, FuserConfig, GateOverride, Kind, LayerProjector, Mapping},
     ops::KvPages,
     rng::{Purpose, Rng, Stream},
 };
@@ -325,62 +322,6 @@ fn columns_meet_in_any_order_of_slots() {
     case.run([1.0, 1.0], &source, &target, &out, &case.scratch(1));
     case.run([1.0, 1.0], &source, &target, &target, &case.scratch(1));
     assert_eq!(out.read(&case.queue), target.read(&case.queue));
-}
-
-fn set(case: &Case, mode: FusionMode) -> FuserSet {
-    let second = Fuser::init(config(Kind::C2c, case.dims), 99, &case.backend).unwrap();
-    FuserSet { fusers: vec![case.fuser.clone(), second], mode }
-}
-
-/// Layer 1 fused by `selected` of two sharers with the same cache.
-fn run_set(case: &Case, set: &FuserSet, selected: [bool; 2]) -> [Vec<f32>; 2] {
-    let gates = set.fusers[0].gates_with(&GateOverride::Open).unwrap();
-    let (source, plain) = (case.source(), case.target());
-    let nan = vec![f32::NAN; case.target[0].len()];
-    let out = Columns::new(&case.queue, case.tokens, case.dims[2], case.dims[3], [&nan, &nan]);
-    let columns = SharerColumns { pages: &source.pages, slots: &source.slots, gates: &gates };
-    let receiver = ReceiverColumns {
-        plain: &plain.pages,
-        plain_slots: &plain.slots,
-        out: &out.pages,
-        out_slots: &out.slots,
-    };
-    let scratch = case
-        .queue
-        .tensor(&vec![0.0f32; set.scratch_len(case.tokens)], &[set.scratch_len(case.tokens)], "scratch")
-        .unwrap();
-    let sharers = selected.map(|selected| selected.then_some(columns));
-    set.issue_layer(&case.queue, 1, &sharers, receiver, &scratch, Precision::F32).unwrap();
-    assert_eq!(plain.read(&case.queue), case.target, "the plain cache stays");
-    out.read(&case.queue)
-}
-
-#[test]
-fn several_sharers() {
-    let case = Case::new(Kind::C2c, [2, 4, 2, 6], 9, Simd::Avx512);
-    let (parallel, sequential) = (set(&case, FusionMode::Parallel), set(&case, FusionMode::Sequential));
-    assert_eq!(run_set(&case, &parallel, [false, false]), case.target);
-    let first = run_set(&case, &parallel, [true, false]);
-    let second = run_set(&case, &parallel, [false, true]);
-    assert_eq!(run_set(&case, &sequential, [true, false]), first);
-    let both = run_set(&case, &parallel, [true, true]);
-    for half in 0..2 {
-        for i in 0..both[half].len() {
-            let clean = case.target[half][i];
-            let sum = clean + (first[half][i] - clean) + (second[half][i] - clean);
-            assert!((both[half][i] - sum).abs() < 1e-4, "{} for {sum}", both[half][i]);
-        }
-    }
-    // Sequential: the second starts from what the first left.
-    let one_after_other = Case {
-        fuser: sequential.fusers[1].clone(),
-        target: first,
-        ..Case::new(Kind::C2c, case.dims, case.tokens, Simd::Avx512)
-    };
-    let (source, target) = (one_after_other.source(), one_after_other.target());
-    one_after_other.run([1.0, 1.0], &source, &target, &target, &one_after_other.scratch(1));
-    assert_eq!(run_set(&case, &sequential, [true, true]), target.read(&one_after_other.queue));
-    assert_ne!(run_set(&case, &sequential, [true, true]), both);
 }
 
 #[test]

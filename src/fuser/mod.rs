@@ -9,20 +9,20 @@ mod checkpoint;
 mod config;
 mod contract;
 mod error;
+mod fusion_mode;
 mod gates;
 mod parameters;
 mod pickle;
 mod published;
-mod set;
 mod state;
 
 pub use config::{FuserConfig, Kind, Mapping, Route, Training};
 pub use contract::{CacheShape, ContractError, ContractItem, Digest, check_contract, require_contract};
 pub use error::FuserError;
+pub use fusion_mode::FusionMode;
 pub use gates::{GateOverride, Gates, LayerGates};
 pub use parameters::LayerProjector;
 pub use pickle::PickleError;
-pub use set::{FuserSet, FusionMode, ReceiverColumns, SharerColumns};
 
 use crate::{
     backend::{Backend, DType, Precision, Queue, Tensor},

@@ -309,7 +309,8 @@ impl Link {
         report: &mut PrefillReport,
     ) -> Result<(), Error> {
         let open = |sharer: &usize| self.gates[*sharer].iter().any(|gates| *gates != [0.0; 2]);
-        let selected: Vec<usize> = (0..self.sharers.len()).filter(|i| mask >> i & 1 == 1).filter(open).collect();
+        let selected: Vec<usize> =
+            (0..self.sharers.len()).filter(|i| mask >> i & 1 == 1).filter(open).collect();
         if selected.is_empty() {
             return Ok(());
         }
