@@ -1,0 +1,89 @@
+//! One token through a whole model, logits included, against the read bandwidth: every weight is read once, and the
+//! cache of what came before.
+
+mod machine;
+mod synthetic;
+
+use c2c::{
+    backend::{
+        Backend, DType, Precision, Queue,
+        cpu::{Cpu, Schedule, Simd},
+    },
+    model::{Decoder, Goal},
+    pipeline::Lane,
+};
+use criterion::{Criterion, criterion_group, criterion_main};
+use machine::{Machine, Work, assert_close};
+use std::sync::Arc;
+use synthetic::{Synthetic, ids, lane, receiver, sharer, small};
+
+/// Tokens before the one that is compared with the portable reference.
+const CHECKED: usize = 8;
+
+fn decode(criterion: &mut Criterion) {
+    let machine = Machine::open();
+    let mut group = machine.group(criterion, "decode");
+    let queue = Queue::new(&machine.device);
+    let receiver = ("receiver", receiver(28));
+    let sharer = ("sharer", sharer(24));
+    let cases = [
+        (&receiver, DType::Bf16, 64),
+        (&receiver, DType::Bf16, 2048),
+        (&sharer, DType::Q8_0, 64),
+        (&sharer, DType::Q4_0, 64),
+    ];
+    for ((model, config), dtype, context) in cases {
+        let id = format!("{model} {dtype}, {context} tokens before");
+        let (config, context) =
+            if machine.smoke() { (small(config.clone()), 20) } else { (config.clone(), context) };
+        let decoder = Synthetic::new(&queue).decoder(&config, dtype);
+        let mut lane = lane(&decoder, &queue, context + 1);
+        check(&id, &decoder, &mut lane);
+
+        read(&mut lane, &ids(&config, context));
+        let cache = config.layers * 2 * (context + 1) * config.kv_heads * config.head_dim * 2;
+        let work = Work::Read((weight_bytes(&decoder) + cache) as f64);
+        let mut logits = Vec::new();
+        machine.bench(&mut group, &id, work, || {
+            lane.truncate(context, context as u32);
+            logits = lane.step(1).expect("a decode step");
+        });
+    }
+    group.finish();
+}
+
+/// Of everything a token is multiplied with. Norms and biases don't count.
+fn weight_bytes(decoder: &Decoder) -> usize {
+    let weights = &decoder.weights;
+    let layers = weights.layers.iter();
+    let layers = layers.map(|l| [&l.qkv, &l.attn_out, &l.gate_up, &l.down].map(|w| w.bytes()));
+    weights.lm_head.bytes() + layers.flatten().sum::<usize>()
+}
+
+fn read(lane: &mut Lane, ids: &[u32]) {
+    let positions: Vec<u32> = (0..ids.len() as u32).collect();
+    lane.truncate(0, 0);
+    lane.append(ids, &positions, Goal::Hidden, |_, _| {}).expect("a prefill");
+}
+
+/// A step's logits against those of plain Rust in f32.
+fn check(id: &str, decoder: &Decoder, found: &mut Lane) {
+    let exact = Decoder {
+        config: decoder.config.clone(),
+        weights: decoder.weights.clone(),
+        precision: Precision::F32,
+    };
+    let portable: Arc<dyn Backend> = Cpu::with(0, Simd::Portable, Schedule::Steady);
+    let mut plain = lane(&Arc::new(exact), &Queue::new(&portable), CHECKED + 1);
+    let ids = ids(&decoder.config, CHECKED);
+    let [found, expected] = [found, &mut plain].map(|lane| {
+        read(lane, &ids);
+        lane.step(1).expect("a decode step")
+    });
+    let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
+    // Rounded products of every layer add up; a wrong one would be off by 1.
+    assert_close(&format!("{id}: logits"), &found, &expected, 0.25);
+}
+
+criterion_group!(benches, decode);
+criterion_main!(benches);
