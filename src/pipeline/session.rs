@@ -261,8 +261,16 @@ impl Session {
     ///
     /// `progress(path, done, total)` is called while bytes of a model become ready.
     pub fn open(options: SessionOptions, progress: &dyn Fn(&Path, u64, u64)) -> Result<Session, Error> {
+        Self::open_on(backend::open(options.device, options.threads)?, options, progress)
+    }
+
+    /// As [`Session::open`], on a device that is open already; `options` need not name it.
+    pub fn open_on(
+        backend: Arc<dyn Backend>,
+        options: SessionOptions,
+        progress: &dyn Fn(&Path, u64, u64),
+    ) -> Result<Session, Error> {
         let start = Instant::now();
-        let backend = backend::open(options.device, options.threads)?;
         let precision = options.dtype.precision();
         let load = |path: &PathBuf| {
             Model::load(path, &backend, precision, &|done, total| progress(path, done, total))
