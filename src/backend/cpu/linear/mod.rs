@@ -26,8 +26,6 @@ mod levels;
 mod pack;
 mod quantize;
 #[cfg(test)]
-mod speed;
-#[cfg(test)]
 mod tests;
 
 use super::{
