@@ -267,28 +267,31 @@ impl Link {
                 common(&own.ids, &was.ids).min(common(&own.positions, &was.positions)).min(lane.ids().len());
             lane.truncate(shared, own.positions.get(shared).copied().unwrap_or(0));
         }
-        // Whole sections only: same tokens, same mask, same columns. At least one token is left for the logits.
+        // Same tokens, fused in the same way: fused sections whole, unfused ones as far as they go. The last section of
+        // a conversation is not fused, whatever its mask. At least one token is left for the logits.
+        let fusing = |sections: &[Section], i: usize| {
+            if i + 1 == sections.len() { 0 } else { sections[i].sharer_mask }
+        };
         let (mut kept, mut start) = (0, 0);
         for (index, (new, was)) in prompt.sections.iter().zip(&old.sections).enumerate() {
             let range = start..start + new.len.min(was.len);
             start += new.len;
-            let columns = prompt.sharers.iter().zip(&old.sharers).all(|(new, was)| {
-                new.columns.get(range.clone()) == was.columns.get(range.clone())
-                    && range
-                        .clone()
-                        .filter_map(|t| new.columns.get(t).copied().flatten())
-                        .all(|column| new.ids.get(..=column as usize) == was.ids.get(..=column as usize))
-            });
+            let mask = fusing(&prompt.sections, index);
             let ids = prompt.ids.get(range.clone()) == old.ids.get(range.clone())
                 && prompt.positions.get(range.clone()) == old.positions.get(range.clone());
-            let was_last = index + 1 == old.sections.len();
-            // The old last section was never fused: it may be kept only as part of an unfused one.
-            let same = ids && columns && if was_last { new.sharer_mask == 0 } else { new == was };
-            if !same {
+            let columns = prompt.sharers.iter().zip(&old.sharers).all(|(new, was)| {
+                let columns = new.columns.get(range.clone()).unwrap_or_default();
+                let read = columns.iter().flatten().max().map_or(0, |&last| last as usize + 1);
+                Some(columns) == was.columns.get(range.clone())
+                    && new.ids.get(..read) == was.ids.get(..read)
+                    && new.positions.get(..read) == was.positions.get(..read)
+            });
+            let whole = new.len == was.len;
+            if !ids || mask != fusing(&old.sections, index) || (mask != 0 && !(whole && columns)) {
                 break;
             }
             kept = range.end;
-            if new.len != was.len {
+            if !whole {
                 break;
             }
         }
