@@ -274,16 +274,20 @@ impl Link {
             start += new.len;
             let columns = prompt.sharers.iter().zip(&old.sharers).all(|(new, was)| {
                 new.columns.get(range.clone()) == was.columns.get(range.clone())
-                    && range
-                        .clone()
-                        .filter_map(|t| new.columns.get(t).copied().flatten())
-                        .all(|column| new.ids.get(..=column as usize) == was.ids.get(..=column as usize))
+                    && range.clone().filter_map(|t| new.columns.get(t).copied().flatten()).all(|c| {
+                        let read = ..=c as usize;
+                        new.ids.get(read) == was.ids.get(read)
+                            && new.positions.get(read) == was.positions.get(read)
+                    })
             });
             let ids = prompt.ids.get(range.clone()) == old.ids.get(range.clone())
                 && prompt.positions.get(range.clone()) == old.positions.get(range.clone());
             let was_last = index + 1 == old.sections.len();
-            // The old last section was never fused: it may be kept only as part of an unfused one.
-            let same = ids && columns && if was_last { new.sharer_mask == 0 } else { new == was };
+            // A last section is never fused, whatever its mask: it may be kept only where both are plain.
+            let is_last = index + 1 == prompt.sections.len();
+            let mask = |section: &Section, last| if last { 0 } else { section.sharer_mask };
+            let (now, before) = (mask(new, is_last), mask(was, was_last));
+            let same = ids && columns && now == before && (now == 0 || new.len == was.len);
             if !same {
                 break;
             }
