@@ -4,14 +4,14 @@
 use c2c::{
     align::{Aligner, Alignment, ChatOptions, LayerMapping, Section},
     backend::{
-        cpu::{Cpu, Schedule, Simd},
         Backend, DeviceChoice,
+        cpu::{Cpu, Schedule, Simd},
     },
     engine::SamplingParams,
     fuser::{FusionMode, GateOverride},
     pipeline::{
-        generate, ComputeType, FuserChoice, Link, Mode, Overlap, PrefillReport, Prompt, Session,
-        SessionOptions, SharerPrompt, Stream, WantedLogits,
+        ComputeType, FuserChoice, Link, Mode, Overlap, PrefillReport, Prompt, Session, SessionOptions,
+        SharerPrompt, Stream, WantedLogits, generate,
     },
     tokenizer::{Message, TemplateOptions},
 };

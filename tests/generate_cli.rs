@@ -1,7 +1,7 @@
 //! `generate` as its user runs it: a process, its output, its exit code. The models are tiny random ones (see
 //! scripts/make_tiny_pair.py): their answers are noise, but what must be equal is equal and what must differ differs.
 
-use serde_json::{json, Value};
+use serde_json::{Value, json};
 use std::{
     fs,
     path::{Path, PathBuf},
