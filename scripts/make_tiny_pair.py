@@ -72,7 +72,8 @@ def write(name, config, tokenizer, tokenizer_config, dtype, seed):
     def norm(name, size):
         tensors[name] = random.uniform(0.8, 1.2, size).astype(dtype)
 
-    matrix("model.embed_tokens.weight", config["vocab_size"], hidden, 4.0)
+    # Small beside what the layers add, or every token would predict itself.
+    matrix("model.embed_tokens.weight", config["vocab_size"], hidden)
     for n in range(config["num_hidden_layers"]):
         at = f"model.layers.{n}."
         norm(at + "input_layernorm.weight", hidden)

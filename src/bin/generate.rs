@@ -51,10 +51,10 @@ struct Args {
     #[arg(long, value_name = "FILE.safetensors", group = "question", help_heading = "Question")]
     input: Option<PathBuf>,
     /// A system message before --prompt
-    #[arg(long, value_name = "TEXT", requires = "prompt", help_heading = "Question")]
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["messages", "input"], help_heading = "Question")]
     system: Option<String>,
     /// Continue --prompt as plain text, without a chat template
-    #[arg(long, requires = "prompt", help_heading = "Question")]
+    #[arg(long, conflicts_with_all = ["messages", "input"], help_heading = "Question")]
     raw: bool,
     /// Let models that can think do so (sets enable_thinking in the chat template)
     #[arg(long, help_heading = "Question")]
@@ -172,7 +172,7 @@ struct Args {
     #[arg(long, help_heading = "Output")]
     json: bool,
     /// Write ids, logits, caches and sequences of --input
-    #[arg(long, value_name = "FILE.safetensors", requires = "input", help_heading = "Output")]
+    #[arg(long, value_name = "FILE.safetensors", conflicts_with_all = ["prompt", "messages"], help_heading = "Output")]
     dump: Option<PathBuf>,
 }
 
@@ -207,10 +207,16 @@ fn main() -> ExitCode {
     match run(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            let mut said = error.to_string();
+            eprintln!("error: {said}");
             let mut source = error.source();
             while let Some(cause) = source {
-                eprintln!("  because: {cause}");
+                // Many errors tell their cause themselves.
+                let cause_text = cause.to_string();
+                if !said.contains(&cause_text) {
+                    eprintln!("  because: {cause_text}");
+                    said = cause_text;
+                }
                 source = cause.source();
             }
             ExitCode::FAILURE
@@ -220,7 +226,9 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let params = sampling(&args);
-    params.validate()?;
+    // A recording may be replayed without generating anything.
+    let least = usize::from(args.input.is_some());
+    SamplingParams { max_new_tokens: params.max_new_tokens.max(least), ..params.clone() }.validate()?;
     let question = question(&args)?;
     let bar = Mutex::new(None);
     let session = Session::open(options(&args), &|path, done, total| progress(&bar, path, done, total))?;
@@ -333,6 +341,9 @@ fn question(args: &Args) -> Result<Option<Question>, Box<dyn Error>> {
                 path.display()
             )
         })?;
+        if messages.is_empty() {
+            return Err(format!("{}: the conversation is empty: nothing to answer", path.display()).into());
+        }
         return Ok(Some(Question::Chat { messages, template }));
     }
     let Some(prompt) = &args.prompt else { return Ok(None) };

@@ -4,7 +4,7 @@
 //! Names and shapes are those of `docs/replay.md`. Rows of a batch run one after the other; masked tokens are left
 //! out (nothing attends to them) and stay zero in the dump.
 
-use super::{Error, Link, Prompt, Session, SharerPrompt, Stream, WantedLogits, generate};
+use super::{Error, Link, Prompt, Session, SharerPrompt, Stream, WantedLogits, generate, session::capped};
 use crate::{align::Section, cache::KvColumns, engine::SamplingParams};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{collections::BTreeMap, fs::File, io::Write, path::Path};
@@ -218,7 +218,7 @@ pub fn replay(session: &Session, path: &Path, params: &SamplingParams) -> Result
     for row in 0..rows {
         let Row { prompt, kept, read } = input.prompt(path, row, session.sharers.len())?;
         let sharer_tokens: Vec<usize> = prompt.sharers.iter().map(|own| own.ids.len()).collect();
-        let room = prompt.ids.len() + params.max_new_tokens;
+        let room = capped(prompt.ids.len(), params, session.receiver()?);
         let mut link = session.link(room, &sharer_tokens)?;
         plain_receiver(session, &prompt, &kept, row, &input, &mut dump)?;
         let (logits, _) = link.prefill(&prompt, WantedLogits::LastSection)?;

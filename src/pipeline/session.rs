@@ -306,7 +306,7 @@ impl Session {
         Ok(Session { backend, receiver, sharers, fusers, gates, options, load: start.elapsed() })
     }
 
-    fn receiver(&self) -> Result<&Model, Error> {
+    pub(super) fn receiver(&self) -> Result<&Model, Error> {
         self.receiver.as_ref().ok_or(Error::MissingModel { mode: self.options.mode, what: "--receiver" })
     }
 
@@ -569,7 +569,7 @@ impl From<AlignedPrompt> for Prompt {
 }
 
 /// Room for the prompt and the answer, within the model's context.
-fn capped(prompt: usize, params: &SamplingParams, model: &Model) -> usize {
+pub(super) fn capped(prompt: usize, params: &SamplingParams, model: &Model) -> usize {
     prompt.max(prompt.saturating_add(params.max_new_tokens).min(model.decoder.config.context_length))
 }
 
