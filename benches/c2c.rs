@@ -16,13 +16,15 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use machine::{Machine, Work};
 use synthetic::{Synthetic, ids, lane, pass_flops, receiver, sharer, small};
 
+const TOKENS: usize = 256;
+
 fn c2c(criterion: &mut Criterion) {
     let machine = Machine::open();
     let mut group = machine.group(criterion, "c2c");
     let smoke = machine.smoke();
     let shape = |config: ModelConfig| if smoke { small(config) } else { config };
     let (receiver, sharer) = (shape(receiver(28)), shape(sharer(24)));
-    let (tokens, hidden) = if smoke { (40, 64) } else { (256, 1024) };
+    let (tokens, hidden) = if smoke { (40, 64) } else { (TOKENS, 1024) };
 
     let queues = [Queue::new(&machine.device), Queue::new(&machine.device)];
     let mut synthetic = Synthetic::new(&queues[0]);
@@ -49,7 +51,7 @@ fn c2c(criterion: &mut Criterion) {
     let mut times = [Overlap::Off, Overlap::Layers].map(|overlap| {
         link.overlap = overlap;
         let which = if overlap == Overlap::Off { "serial" } else { "overlapped" };
-        let id = format!("prefill, prefill and fuse of {tokens} tokens, {which}");
+        let id = format!("prefill, prefill and fuse of {TOKENS} tokens, {which}");
         machine.bench(&mut group, &id, Work::Bf16(flops), || {
             // Another first token: nothing of the last run is reused.
             run += 1;
