@@ -79,8 +79,8 @@ impl Decoder {
 
     /// Runs the batch through all layers.
     ///
-    /// `before_layer(l)` is called before layer l reads its cache, `cached(l)` when its K and V have been issued: the
-    /// places to wait for and to record events.
+    /// `before_layer(l)` is called before layer l reads its cache, `cached(l)` when its K and V have been written
+    /// and, for this batch, read: the places to wait for and to record events.
     ///
     /// # Panics
     /// If the batch is larger than the activations' capacity.
@@ -110,11 +110,13 @@ impl Decoder {
         for (l, (weights, pages)) in self.weights.layers.iter().zip(layers).enumerate() {
             before_layer(l);
             self.write_cache(queue, batch, l, weights, pages, a)?;
-            cached(l);
             if goal == Goal::Cache && l + 1 == self.weights.layers.len() {
+                cached(l);
                 return Ok(());
             }
             self.attend(queue, batch, l, weights, pages, a)?;
+            // Not before: whoever waits for this may overwrite K and V in place, which attention still had to read.
+            cached(l);
             self.feed_forward(queue, weights, a)?;
         }
         Ok(())
