@@ -295,7 +295,7 @@ fn each_alignment_and_mapping() {
     let (span, first, longest) = (with("span"), with("first"), with("longest"));
     assert_eq!(said(&json_of(C2C_OPEN, &[])), said(&span), "the default");
     assert_ne!(said(&span), said(&first));
-    // So close are these vocabularies that the first of several pieces is also the longest.
+    // On this prompt the two choose alike.
     assert_eq!(longest["fused_tokens"], first["fused_tokens"]);
     let own = "--receiver {r} --sharer {r} --fuser init:3 --gates open --alignment none --raw";
     let none = json_of(own, &[]);
@@ -543,7 +543,7 @@ fn spoiled_folders_are_refused() {
             "absurd-layers",
             "\"num_hidden_layers\": 4",
             "\"num_hidden_layers\": 4000000000",
-            "num_hidden_layers",
+            "number of layers",
         ),
         ("negative", "\"num_attention_heads\": 4", "\"num_attention_heads\": -4", "num_attention_heads"),
         ("no-heads", "\"num_attention_heads\": 4", "\"num_attention_heads\": 0", "num_attention_heads"),
