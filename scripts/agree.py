@@ -32,9 +32,10 @@ PROMPTS = [
 BINARY = Path(__file__).parent.parent / "target/release/generate"
 
 
-def ours(model, prompt, tokens, dtype):
+def ours(model, prompt, args):
     command = [BINARY, "--mode", "receiver", "--receiver", model, "--raw", "--prompt", prompt, "--ignore-eos"]
-    command += ["--max-new-tokens", str(tokens), "--dtype", dtype, "--json", "--logprobs", "5"]
+    command += ["--max-new-tokens", str(args.tokens), "--dtype", args.dtype, "--threads", str(args.threads)]
+    command += ["--json", "--logprobs", "5"]
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if run.returncode:
         sys.exit(run.stderr)
@@ -74,7 +75,7 @@ def main():
         llama = Llama(str(model), n_ctx=128, n_threads=args.threads, logits_all=True, verbose=False)
         whole = 0
         for prompt in PROMPTS:
-            answer = ours(model, prompt, args.tokens, args.dtype)
+            answer = ours(model, prompt, args)
             length, drawn, logprobs = theirs(llama, prompt, args.tokens)
             if length != answer["prompt_tokens"]:
                 sys.exit(f"{model}: {prompt!r} is {length} tokens for llama.cpp, {answer['prompt_tokens']} for us")
