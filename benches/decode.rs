@@ -64,6 +64,7 @@ fn read(lane: &mut Lane, ids: &[u32]) {
     let positions: Vec<u32> = (0..ids.len() as u32).collect();
     lane.truncate(0, 0);
     lane.append(ids, &positions, Goal::Hidden, |_, _| {}).expect("a prefill");
+    lane.queue.synchronize().expect("a prefill");
 }
 
 /// A step's logits against those of plain Rust in f32.

@@ -29,7 +29,7 @@ fn prefill(criterion: &mut Criterion) {
     let cases = [
         (&receiver, DType::Bf16, 256),
         (&receiver, DType::Bf16, 1024),
-        (&receiver, DType::Bf16, 4096),
+        (&receiver, DType::Bf16, 2048),
         (&sharer, DType::Bf16, 256),
         (&sharer, DType::Q8_0, 512),
         (&sharer, DType::Q4_0, 512),
