@@ -154,6 +154,8 @@ impl Link {
         self.validate(prompt)?;
         self.note_generated();
         self.rewind_to_shared(prompt);
+        // Until this conversation is in the caches as a whole, nothing in them may be taken for it.
+        self.fused = Prompt::default();
         let mut report = PrefillReport::default();
 
         let sharer_begin: Vec<Event> = self.sharers.iter().map(|lane| lane.queue.record()).collect();
@@ -248,7 +250,7 @@ impl Link {
     /// Counts tokens that the receiver generated since the last prefill to that conversation's last section.
     fn note_generated(&mut self) {
         let generated = self.receiver.ids().get(self.fused.ids.len()..).unwrap_or_default();
-        let next = self.receiver.next_position() - generated.len() as u32;
+        let next = self.receiver.next_position().saturating_sub(generated.len() as u32);
         self.fused.positions.extend((next..).take(generated.len()));
         self.fused.ids.extend(generated);
         if let Some(last) = self.fused.sections.last_mut() {
