@@ -4,7 +4,7 @@
 use super::{
     Simd,
     linear::matmul,
-    pointwise::{activate, exp, sum_of_squares, vector},
+    pointwise::{activate, exp, rows_per_task, sum_of_squares, vector},
     rope::{PageWriter, page_offset, read_page},
     simd::vectorized,
     team::Team,
@@ -287,11 +287,6 @@ impl Rows<'_> {
         let data = &mut data[..self.tokens * width];
         self.team.chunks_mut(data, per_task * width, |task, rows| job(task * per_task, rows));
     }
-}
-
-/// Rows such that a task is worth handing out.
-fn rows_per_task(width: usize) -> usize {
-    (8192 / width.max(1)).max(1)
 }
 
 fn sigmoid(x: f32) -> f32 {

@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// Rows per task such that a task is worth handing out.
-fn rows_per_task(cols: usize) -> usize {
+pub(super) fn rows_per_task(cols: usize) -> usize {
     (8192 / cols.max(1)).max(1)
 }
 
