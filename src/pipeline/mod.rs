@@ -54,7 +54,9 @@ pub enum Error {
     ColumnOutOfRange { token: usize, column: usize, sharer: usize, tokens: usize },
     #[error("mode {mode:?} needs {what}")]
     MissingModel { mode: Mode, what: &'static str },
-    #[error("each of the {sharers} sharers needs a fuser, {fusers} were given: --fuser PATH, or --fuser init for an untrained one")]
+    #[error(
+        "each of the {sharers} sharers needs a fuser, {fusers} were given: --fuser PATH, or --fuser init for an untrained one"
+    )]
     FuserCount { sharers: usize, fusers: usize },
     #[error("{model} has no tokenizer: only token ids (--input FILE.safetensors) can be run through it")]
     NoTokenizer { model: String },
