@@ -100,8 +100,24 @@ impl Input {
     }
 }
 
-/// `sum + w · v`, bytes in pairs. As assembly because that keeps its place: left to itself the compiler turns the
-/// unrolled loop inside out, token by token, and has registers for none of the weights.
+/// `w · v`, bytes in pairs. As assembly, like [`multiply_add`], because that keeps its place: left to itself the compiler
+/// turns the unrolled loop inside out, token by token, and has registers for none of the weights.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn multiply(w: __m256i, v: __m256i) -> __m256i {
+    let product;
+    // SAFETY: works on registers only.
+    unsafe {
+        asm!(
+            "vpmaddubsw {product}, {w}, {v}",
+            product = lateout(ymm_reg) product, w = in(ymm_reg) w, v = in(ymm_reg) v,
+            options(pure, nomem, nostack, preserves_flags),
+        )
+    }
+    product
+}
+
+/// `sum + w · v`, bytes in pairs.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn multiply_add(mut sum: __m256i, w: __m256i, v: __m256i) -> __m256i {
@@ -111,7 +127,7 @@ fn multiply_add(mut sum: __m256i, w: __m256i, v: __m256i) -> __m256i {
             "vpmaddubsw {product}, {w}, {v}",
             "vpaddw {sum}, {sum}, {product}",
             product = out(ymm_reg) _, w = in(ymm_reg) w, v = in(ymm_reg) v, sum = inout(ymm_reg) sum,
-            options(nomem, nostack, preserves_flags),
+            options(pure, nomem, nostack, preserves_flags),
         )
     }
     sum
@@ -163,10 +179,11 @@ unsafe fn tile_avx2_of<const M: usize, const QUADS: usize, const HALVES: bool, c
                             // |w| · sign(w) v for signed bytes: a pair's sum is at most 128 · 127 · 2.
                             let v = if SIGNED { _mm256_sign_epi8(v, w[i]) } else { v };
                             let w = if SIGNED { _mm256_abs_epi8(w[i]) } else { w[i] };
-                            part[t][i] = if QUADS > 2 {
-                                multiply_add(part[t][i], w, v)
-                            } else {
-                                _mm256_add_epi16(part[t][i], _mm256_maddubs_epi16(w, v))
+                            part[t][i] = match (quad % QUADS == 0, QUADS > 2) {
+                                (true, true) => multiply(w, v),
+                                (false, true) => multiply_add(part[t][i], w, v),
+                                (true, false) => _mm256_maddubs_epi16(w, v),
+                                (false, false) => _mm256_add_epi16(part[t][i], _mm256_maddubs_epi16(w, v)),
                             };
                         }
                     }
