@@ -6,7 +6,7 @@ mod synthetic;
 
 use c2c::{
     backend::{DType, Precision, Queue},
-    ops::{self, Weight},
+    ops::{self, Pass, Weight},
 };
 use criterion::{Criterion, criterion_group, criterion_main};
 use machine::{Machine, Work, assert_close};
@@ -36,8 +36,9 @@ fn matmul(criterion: &mut Criterion) {
         let x = synthetic.activations(&[tokens, cols]);
         let weight = Weight::new(synthetic.matrix(dtype, rows, cols));
         let out = machine.device.alloc(DType::F32, &[tokens, rows], "product").expect("memory");
+        let pass = if tokens == 1 { Pass::Decode } else { Pass::Prefill };
         let run = || {
-            ops::linear(&queue, &x, &weight, precision, false, &out).expect("shapes that fit");
+            ops::linear(&queue, pass, &x, &weight, precision, false, &out).expect("shapes that fit");
             queue.synchronize().expect("a product");
         };
 

@@ -1,7 +1,10 @@
 //! What one forward pass runs on: the tokens of any mix of sequences, with where they go in the cache.
 
 use super::{Error, ModelConfig};
-use crate::backend::{Queue, Tensor};
+use crate::{
+    backend::{Queue, Tensor},
+    ops::Pass,
+};
 
 /// The new tokens of one sequence.
 #[derive(Clone, Debug)]
@@ -19,6 +22,7 @@ pub struct SequenceStep<'a> {
 
 /// The device's side of a list of [`SequenceStep`]s.
 pub struct Batch {
+    pub pass: Pass,
     pub tokens: usize,
     pub sequences: usize,
     pub max_blocks: usize,
@@ -36,11 +40,16 @@ pub struct Batch {
 
 impl Batch {
     /// # Errors
-    /// Token ids past the vocabulary, or no tokens at all.
+    /// Token ids past the vocabulary, no tokens at all, or sequences with one new token beside others with more: those
+    /// are a decode pass and a prefill pass.
     pub fn new(queue: &Queue, config: &ModelConfig, steps: &[SequenceStep]) -> Result<Batch, Error> {
         let tokens: usize = steps.iter().map(|step| step.ids.len()).sum();
         if tokens == 0 {
             return Err(Error::EmptyBatch);
+        }
+        let decode = steps.iter().all(|step| step.ids.len() == 1);
+        if !decode && steps.iter().any(|step| step.ids.len() == 1) {
+            return Err(Error::MixedBatch);
         }
         let ids: Vec<u32> = steps.iter().flat_map(|step| step.ids).copied().collect();
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= config.vocab) {
@@ -66,6 +75,7 @@ impl Batch {
             Ok(queue.tensor(&table, &[tokens, config.head_dim], "rotary table")?)
         };
         Ok(Batch {
+            pass: if decode { Pass::Decode } else { Pass::Prefill },
             tokens,
             sequences: steps.len(),
             max_blocks,

@@ -3,7 +3,7 @@
 use super::{Batch, Error, LayerWeights, Loaded, ModelConfig, Weights};
 use crate::{
     backend::{Backend, DType, Precision, Queue, Tensor},
-    ops::{self, AttentionOperands, AttentionParams, KvPages, NormOutput, RopeOperands, RopeParams},
+    ops::{self, AttentionOperands, AttentionParams, KvPages, NormOutput, Pass, RopeOperands, RopeParams},
 };
 use std::sync::Arc;
 
@@ -116,7 +116,7 @@ impl Decoder {
             }
             self.attend(queue, batch, l, weights, pages, a)?;
             cached(l);
-            self.feed_forward(queue, weights, a)?;
+            self.feed_forward(queue, batch.pass, weights, a)?;
         }
         Ok(())
     }
@@ -144,7 +144,7 @@ impl Decoder {
     ) -> Result<(), Error> {
         let config = &self.config;
         self.norm(queue, &a.residual, &weights.attn_norm, NormOutput::Assign, &a.normed)?;
-        ops::linear(queue, &a.normed, &weights.qkv, self.precision, false, &a.qkv)?;
+        ops::linear(queue, batch.pass, &a.normed, &weights.qkv, self.precision, false, &a.qkv)?;
         let local = config.local[layer];
         let p = RopeParams {
             tokens: batch.tokens as u32,
@@ -198,20 +198,21 @@ impl Decoder {
             out: a.attention.clone(),
         };
         ops::paged_attention(queue, p, &operands)?;
-        self.join(queue, &a.attention, &weights.attn_out, weights.post_attn_norm.as_ref(), a)
+        self.join(queue, batch.pass, &a.attention, &weights.attn_out, weights.post_attn_norm.as_ref(), a)
     }
 
-    fn feed_forward(&self, queue: &Queue, weights: &LayerWeights, a: &Activations) -> Result<(), Error> {
+    fn feed_forward(&self, queue: &Queue, pass: Pass, weights: &LayerWeights, a: &Activations) -> Result<(), Error> {
         self.norm(queue, &a.residual, &weights.ffn_norm, NormOutput::Assign, &a.normed)?;
-        ops::linear(queue, &a.normed, &weights.gate_up, self.precision, false, &a.gate_up)?;
+        ops::linear(queue, pass, &a.normed, &weights.gate_up, self.precision, false, &a.gate_up)?;
         ops::glu(queue, &a.gate_up, self.config.activation, &a.activated)?;
-        self.join(queue, &a.activated, &weights.down, weights.post_ffn_norm.as_ref(), a)
+        self.join(queue, pass, &a.activated, &weights.down, weights.post_ffn_norm.as_ref(), a)
     }
 
     /// Projects a block's result back and adds it, normalised where the family does, to the residual stream.
     fn join(
         &self,
         queue: &Queue,
+        pass: Pass,
         x: &Tensor,
         weight: &ops::Weight,
         post_norm: Option<&Tensor>,
@@ -219,18 +220,19 @@ impl Decoder {
     ) -> Result<(), Error> {
         match (post_norm, &a.block) {
             (Some(norm), Some(block)) => {
-                ops::linear(queue, x, weight, self.precision, false, block)?;
+                ops::linear(queue, pass, x, weight, self.precision, false, block)?;
                 self.norm(queue, block, norm, NormOutput::Add, &a.residual)
             }
-            _ => Ok(ops::linear(queue, x, weight, self.precision, true, &a.residual)?),
+            _ => Ok(ops::linear(queue, pass, x, weight, self.precision, true, &a.residual)?),
         }
     }
 
-    /// Logits `[rows, vocab]` of chosen rows of the last pass (which ran with [`Goal::Hidden`]).
+    /// Logits `[rows, vocab]` of chosen rows of the last pass (which ran with [`Goal::Hidden`]): `Pass::Decode` for
+    /// each sequence's last token, `Pass::Prefill` for a whole prompt's.
     ///
     /// # Panics
     /// If a row is past the activations' capacity.
-    pub fn logits(&self, queue: &Queue, activations: &Activations, rows: &[u32]) -> Result<Vec<f32>, Error> {
+    pub fn logits(&self, queue: &Queue, pass: Pass, activations: &Activations, rows: &[u32]) -> Result<Vec<f32>, Error> {
         let backend = queue.backend();
         let n = rows.len();
         assert!(rows.iter().all(|&row| (row as usize) < activations.capacity), "row past the pass");
@@ -239,7 +241,7 @@ impl Decoder {
         let out = backend.alloc(DType::F32, &[n, self.weights.lm_head.rows()], "logits")?;
         ops::gather_rows(queue, &activations.residual, &index, &hidden)?;
         self.norm(queue, &hidden, &self.weights.final_norm, NormOutput::Assign, &hidden)?;
-        ops::linear(queue, &hidden, &self.weights.lm_head, self.precision, false, &out)?;
+        ops::linear(queue, pass, &hidden, &self.weights.lm_head, self.precision, false, &out)?;
         if self.config.final_soft_cap > 0.0 {
             ops::soft_cap(queue, self.config.final_soft_cap, &out)?;
         }

@@ -44,9 +44,20 @@ impl Weight {
     }
 }
 
+/// What the tokens of a linear map are. It decides how they are multiplied and so in which order products are added:
+/// a token's bits do not depend on how many tokens share the op.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pass {
+    /// Many tokens of each sequence: bound by arithmetic.
+    Prefill,
+    /// One token of each sequence: bound by reading the weights.
+    Decode,
+}
+
 #[derive(Clone, Copy, Debug)]
 pub struct LinearParams {
     pub tokens: u32,
+    pub pass: Pass,
     pub precision: Precision,
     /// Add to `out` (a residual stream) instead of assigning.
     pub accumulate: bool,
@@ -55,6 +66,7 @@ pub struct LinearParams {
 /// `x` F32`[tokens, cols]`, `out` F32`[tokens, rows]`, not overlapping `x`.
 pub fn linear(
     queue: &Queue,
+    pass: Pass,
     x: &Tensor,
     weight: &Weight,
     precision: Precision,
@@ -71,7 +83,7 @@ pub fn linear(
         }
     }
     check("linear", "out", out, &[DType::F32], &[tokens, weight.rows()])?;
-    let p = LinearParams { tokens: tokens as u32, precision, accumulate };
+    let p = LinearParams { tokens: tokens as u32, pass, precision, accumulate };
     queue.backend().linear(queue.id(), p, x, weight, out);
     Ok(())
 }

@@ -19,7 +19,7 @@ pub(crate) use fuse::FUSE_CHUNK;
 pub use fuse::{Ffn, FuseOperands, FuseParams, Projector, SourceStage, fuse, fuse_scratch_len};
 pub use gather::{KvPages, copy_slots, gather_rows};
 pub use glu::{Activation, GluParams, glu, soft_cap};
-pub use linear::{LinearParams, Weight, WeightPart, linear};
+pub use linear::{LinearParams, Pass, Weight, WeightPart, linear};
 pub use norm::{NormOutput, RmsNormParams, rms_norm};
 pub use rope::{RopeOperands, RopeParams, rope_kv_write};
 

@@ -4,6 +4,7 @@ use super::Error;
 use crate::{
     backend::{Event, Queue},
     cache::{BlockTable, KvColumns, PagedKv},
+    ops::Pass,
     model::{Activations, Batch, Decoder, Goal, SequenceStep},
 };
 use std::sync::Arc;
@@ -124,13 +125,13 @@ impl Lane {
 
     /// Logits `[vocab]` after the last appended token.
     pub fn logits(&self) -> Result<Vec<f32>, Error> {
-        Ok(self.decoder.logits(&self.queue, &self.activations, &[self.last_row as u32])?)
+        Ok(self.decoder.logits(&self.queue, Pass::Decode, &self.activations, &[self.last_row as u32])?)
     }
 
     /// Logits `[tokens, vocab]` of all tokens of the last pass of `tokens`.
     pub fn pass_logits(&self, tokens: usize) -> Result<Vec<f32>, Error> {
         let rows: Vec<u32> = (0..tokens as u32).collect();
-        Ok(self.decoder.logits(&self.queue, &self.activations, &rows)?)
+        Ok(self.decoder.logits(&self.queue, Pass::Prefill, &self.activations, &rows)?)
     }
 
     /// One decode step: appends `id` at the next position and returns the logits after it.

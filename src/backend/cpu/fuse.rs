@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     backend::{Precision, Tensor},
-    ops::{Activation, FUSE_CHUNK, Ffn, FuseOperands, FuseParams, KvPages, Projector, Weight},
+    ops::{Activation, FUSE_CHUNK, Ffn, FuseOperands, FuseParams, KvPages, Pass, Projector, Weight},
 };
 use std::ops::Range;
 
@@ -278,7 +278,7 @@ impl Rows<'_> {
     fn matmul(&mut self, weight: &Weight, accumulate: bool, x: &[f32], y: &mut [f32]) {
         let x = &x[..self.tokens * weight.cols()];
         let y = &mut y[..self.tokens * weight.rows()];
-        matmul(self.team, self.simd, self.precision, accumulate, self.tokens, x, weight, y);
+        matmul(self.team, self.simd, Pass::Prefill, self.precision, accumulate, self.tokens, x, weight, y);
     }
 
     /// Runs `job(first token, rows)` on parts of `data`, rows of `width`.

@@ -9,21 +9,21 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::*},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*},
     },
     thread::{self, JoinHandle, Thread},
 };
 
 /// Spins before a member goes to sleep: some tens of microseconds.
 const SPINS: u32 = 20_000;
+/// Spins before the leader, waiting for a member in the middle of a task, gives its core away.
+const PATIENCE: u32 = 1_000;
 
 type Job = *const (dyn Fn(usize) + Sync);
 
 struct Shared {
-    /// Odd values never occur; each operation adds 1. A member runs a job when it sees a new value.
-    epoch: AtomicU32,
-    /// Members still busy with the current job.
-    busy: AtomicUsize,
+    /// Number of the operation (high half), [`OPEN`], and how many members are at work on it (below).
+    state: AtomicU64,
     /// Next task to hand out, and how many there are.
     next: AtomicUsize,
     tasks: AtomicUsize,
@@ -33,8 +33,20 @@ struct Shared {
     asleep: Vec<AtomicBool>,
 }
 
-// SAFETY: `job` is written only by the leader while no member is busy, and read by members after the release/acquire
-// pair on `epoch`.
+/// Members may join. The leader closes an operation when it finds no task left: a member that comes late, because
+/// something else had its core, is not waited for.
+const OPEN: u64 = 1 << 31;
+
+fn operation(state: u64) -> u64 {
+    state >> 32
+}
+
+fn at_work(state: u64) -> u64 {
+    state & (OPEN - 1)
+}
+
+// SAFETY: `job` is written only by the leader while the operation is closed and no member is at work, and read by
+// members that have joined an open one, which synchronizes with the store that opened it.
 unsafe impl Sync for Shared {}
 // SAFETY: the raw pointer in `job` is only dereferenced while `Team::run` keeps its referent alive.
 unsafe impl Send for Shared {}
@@ -52,40 +64,43 @@ impl Shared {
     }
 
     fn member(&self, index: usize) {
-        let mut seen = 0;
-        loop {
-            let mut spins = 0;
-            loop {
-                let epoch = self.epoch.load(Acquire);
-                if epoch != seen {
-                    seen = epoch;
-                    break;
-                }
-                if self.stop.load(Relaxed) {
-                    return;
-                }
+        let (mut seen, mut spins) = (0, 0);
+        while !self.stop.load(Relaxed) {
+            let state = self.state.load(Relaxed);
+            if operation(state) == seen || state & OPEN == 0 {
                 spins += 1;
                 if spins < SPINS {
                     hint::spin_loop();
-                    continue;
+                } else {
+                    self.sleep(index, seen);
+                    spins = 0;
                 }
-                self.asleep[index].store(true, SeqCst);
-                if self.epoch.load(SeqCst) == seen && !self.stop.load(SeqCst) {
-                    thread::park();
-                }
-                self.asleep[index].store(false, SeqCst);
-                spins = 0;
+                continue;
             }
-            // SAFETY: a new epoch was published with Release after `job` was written; it stays until `busy` is 0.
+            if self.state.compare_exchange_weak(state, state + 1, Acquire, Relaxed).is_err() {
+                continue;
+            }
+            (seen, spins) = (operation(state), 0);
+            // SAFETY: joined while open, so `job` is this operation's; it stays until nobody is at work.
             if let Some(job) = unsafe { *self.job.get() } {
-                // SAFETY: `Team::run` does not return, so the closure lives, before `busy` is 0.
+                // SAFETY: `Team::run` does not return, so the closure lives, while a member is at work.
                 let job = unsafe { &*job };
                 if catch_unwind(AssertUnwindSafe(|| self.work(job))).is_err() {
                     self.panicked.store(true, Relaxed);
                 }
             }
-            self.busy.fetch_sub(1, Release);
+            self.state.fetch_sub(1, Release);
         }
+    }
+
+    /// Until the leader opens an operation that is not `seen`, or earlier.
+    fn sleep(&self, index: usize, seen: u64) {
+        self.asleep[index].store(true, SeqCst);
+        let state = self.state.load(SeqCst);
+        if (operation(state) == seen || state & OPEN == 0) && !self.stop.load(SeqCst) {
+            thread::park();
+        }
+        self.asleep[index].store(false, SeqCst);
     }
 }
 
@@ -99,8 +114,7 @@ impl Team {
     pub fn new(threads: usize) -> Team {
         let count = threads.max(1) - 1;
         let shared = Arc::new(Shared {
-            epoch: AtomicU32::new(0),
-            busy: AtomicUsize::new(0),
+            state: AtomicU64::new(0),
             next: AtomicUsize::new(0),
             tasks: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
@@ -139,23 +153,28 @@ impl Team {
         let shared = &*self.shared;
         shared.next.store(0, Relaxed);
         shared.tasks.store(tasks, Relaxed);
-        shared.busy.store(self.members.len(), Relaxed);
         // SAFETY: only the lifetime is erased; this function waits for every member before it returns or unwinds.
         let erased: Job = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(job) };
-        // SAFETY: no member is busy (`&mut self`, and the wait below), so nobody reads `job` now.
+        // SAFETY: no member is at work or can join (`&mut self`, and the end of the last run), so nobody reads `job`.
         unsafe { *shared.job.get() = Some(erased) };
-        shared.epoch.fetch_add(1, SeqCst);
+        let number = operation(shared.state.load(Relaxed)).wrapping_add(1) & u64::from(u32::MAX);
+        shared.state.store(number << 32 | OPEN, SeqCst);
         for ((_, thread), asleep) in self.members.iter().zip(&shared.asleep) {
             if asleep.load(SeqCst) {
                 thread.unpark();
             }
         }
         let mine = catch_unwind(AssertUnwindSafe(|| shared.work(job)));
+        if mine.is_err() {
+            // Nobody shall begin what is left.
+            shared.next.store(tasks, Relaxed);
+        }
+        shared.state.fetch_and(!OPEN, Relaxed);
         let mut spins = 0u32;
-        while shared.busy.load(Acquire) != 0 {
+        while at_work(shared.state.load(Acquire)) != 0 {
             spins += 1;
             // On an overloaded machine the member may not even have a core: give it ours.
-            if spins.is_multiple_of(SPINS) { thread::yield_now() } else { hint::spin_loop() }
+            if spins.is_multiple_of(PATIENCE) { thread::yield_now() } else { hint::spin_loop() }
         }
         if let Err(panic) = mine {
             std::panic::resume_unwind(panic);

@@ -1,14 +1,14 @@
 //! Linear maps: `y = x · Wᵀ`.
 //!
-//! | weights        | few tokens                     | many tokens                                     |
+//! | weights        | decode                         | prefill                                         |
 //! |----------------|--------------------------------|-------------------------------------------------|
 //! | float          | rows, f32 ([`gemv_float`])     | panels, f32 or bf16 ([`gemm_f32`])              |
 //! | blocks, `Fast` | rows, int8 ([`gemv_quant`])    | panels, int8 ([`gemm_int8`])                    |
 //! | blocks, `F32`  | rows expanded to f32           | panels expanded to f32                          |
 //!
 //! Weights stay as they lie in the file: rows are read in place, panels unpacked slice by slice into a thread's
-//! scratch. A token's result depends on which of the columns of this table was taken, but neither on the other
-//! tokens nor on the number of threads.
+//! scratch. Which column of this table is taken says the op ([`Pass`]), so that a token's result depends neither on the
+//! other tokens nor on the number of threads.
 
 // Kernels walk several arrays of vectors by one constant range.
 #![allow(clippy::needless_range_loop)]
@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     backend::{DType, Precision, Tensor},
-    ops::{LinearParams, Weight},
+    ops::{LinearParams, Pass, Weight},
 };
 use gemm::Output;
 use levels::Form;
@@ -42,8 +42,6 @@ use pack::Rows;
 use quantize::Activations;
 use std::{cell::RefCell, ops::Range};
 
-/// From this many tokens on, unpacking panels pays.
-const PANEL_TOKENS: usize = 9;
 /// Tokens that are multiplied in one go; bounds the quantised copy of the input.
 const MAX_TOKENS: usize = 1024;
 /// Bytes of weights worth a task when rows are read in place.
@@ -58,7 +56,7 @@ pub(super) fn linear(
     out: &Tensor,
 ) {
     let (x, y) = (x.host::<f32>(), out.host_mut::<f32>());
-    matmul(team, simd, p.precision, p.accumulate, p.tokens as usize, x, weight, y)
+    matmul(team, simd, p.pass, p.precision, p.accumulate, p.tokens as usize, x, weight, y)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,8 +69,8 @@ enum Method {
 }
 
 impl Method {
-    fn of(simd: Simd, precision: Precision, tokens: usize, dtype: DType) -> Method {
-        let panels = tokens >= PANEL_TOKENS && simd != Simd::Portable;
+    fn of(simd: Simd, pass: Pass, precision: Precision, dtype: DType) -> Method {
+        let panels = pass == Pass::Prefill && simd != Simd::Portable;
         match precision {
             Precision::Fast if dtype.is_quantized() && panels => Method::IntPanels,
             Precision::Fast if dtype.is_quantized() => Method::IntRows,
@@ -115,6 +113,7 @@ struct Inputs {
 pub(super) fn matmul(
     team: &mut Team,
     simd: Simd,
+    pass: Pass,
     precision: Precision,
     accumulate: bool,
     tokens: usize,
@@ -133,20 +132,19 @@ pub(super) fn matmul(
             let count = MAX_TOKENS.min(tokens - start);
             let x = &x[start * cols..][..count * cols];
             let y = &mut y[start * stride..][..count * stride];
-            // The tail of a long input is multiplied as the rest was.
-            let parts = parts(simd, precision, tokens, weight, team.threads());
+            let parts = parts(simd, pass, precision, weight, team.threads());
             multiply(team, simd, accumulate, count, x, &parts, y, inputs);
         }
     })
 }
 
-fn parts(simd: Simd, precision: Precision, tokens: usize, weight: &Weight, threads: usize) -> Vec<Part<'_>> {
+fn parts(simd: Simd, pass: Pass, precision: Precision, weight: &Weight, threads: usize) -> Vec<Part<'_>> {
     let (mut column, mut task) = (0, 0);
     let stride = weight.rows();
     let mut parts = Vec::with_capacity(weight.parts.len());
     for part in &weight.parts {
         let (matrix, rows) = (&part.matrix, part.matrix.rows());
-        let method = Method::of(simd, precision, tokens, matrix.dtype());
+        let method = Method::of(simd, pass, precision, matrix.dtype());
         let row_bytes = matrix.bytes() / rows.max(1);
         let chunk = if method.is_panels() {
             // Big tasks use the input's cache lines for more rows, small ones share out more evenly.

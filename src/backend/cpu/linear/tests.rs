@@ -110,8 +110,10 @@ fn rounded(x: &[f32], cols: usize) -> Vec<f32> {
     (0..x.len() / cols).flat_map(token).collect()
 }
 
+#[derive(Clone, Copy)]
 struct Case {
     simd: Simd,
+    pass: Pass,
     precision: Precision,
     threads: usize,
     accumulate: bool,
@@ -120,8 +122,15 @@ struct Case {
 fn compute(case: &Case, x: &[f32], tokens: usize, weight: &Weight) -> Vec<f32> {
     let mut y = vec![if case.accumulate { 0.5 } else { f32::NAN }; tokens * weight.rows()];
     let mut team = Team::new(case.threads);
-    matmul(&mut team, case.simd, case.precision, case.accumulate, tokens, x, weight, &mut y);
+    matmul(&mut team, case.simd, case.pass, case.precision, case.accumulate, tokens, x, weight, &mut y);
     y
+}
+
+const PASSES: [Pass; 2] = [Pass::Prefill, Pass::Decode];
+
+/// On every level of this machine, as both passes.
+fn everywhere() -> impl Iterator<Item = (Simd, Pass)> {
+    levels_here().into_iter().flat_map(|simd| PASSES.map(|pass| (simd, pass)))
 }
 
 const FORMATS: [DType; 14] = [
@@ -160,11 +169,11 @@ fn compare(dtype: DType, rows: usize, cols: usize, tokens: usize) {
     let x = random_input(&mut random, tokens, cols);
     let exact = reference(&x, tokens, &weight);
     let integer = dtype.is_quantized().then(|| reference(&rounded(&x, cols), tokens, &weight));
-    for simd in levels_here() {
+    for (simd, pass) in everywhere() {
         for accumulate in [false, true] {
             let start = if accumulate { 0.5 } else { 0.0 };
-            let what = format!("{dtype} [{rows}, {cols}] by {tokens} on {simd}");
-            let case = Case { simd, precision: Precision::F32, threads: 2, accumulate };
+            let what = format!("{dtype} [{rows}, {cols}] by {tokens} on {simd}, {pass:?}");
+            let case = Case { simd, pass, precision: Precision::F32, threads: 2, accumulate };
             check(&what, &compute(&case, &x, tokens, &weight), &exact, start, 2e-6);
             let case = Case { precision: Precision::Fast, ..case };
             let y = compute(&case, &x, tokens, &weight);
@@ -221,8 +230,9 @@ fn largest_levels_do_not_overflow() {
                 for tokens in [1, 12] {
                     let x = vec![sign; tokens * cols];
                     let exact = reference(&x, tokens, &weight);
-                    for simd in levels_here() {
-                        let case = Case { simd, precision: Precision::Fast, threads: 1, accumulate: false };
+                    for (simd, pass) in everywhere() {
+                        let precision = Precision::Fast;
+                        let case = Case { simd, pass, precision, threads: 1, accumulate: false };
                         let y = compute(&case, &x, tokens, &weight);
                         check(&format!("{dtype} of {fill:#x} on {simd}"), &y, &exact, 0.0, 1e-5);
                     }
@@ -240,8 +250,11 @@ fn int8_inputs_cost_little() {
         let weight = Weight::new(random_matrix(&mut random, dtype, 64, 512));
         let x: Vec<f32> = (0..16 * 512).map(|_| random.float()).collect();
         let exact = reference(&x, 16, &weight);
-        let case = Case { simd: Simd::detect(), precision: Precision::Fast, threads: 1, accumulate: false };
-        check(&format!("{dtype}"), &compute(&case, &x, 16, &weight), &exact, 0.0, 0.01);
+        for (simd, pass) in everywhere() {
+            let case = Case { simd, pass, precision: Precision::Fast, threads: 1, accumulate: false };
+            let y = compute(&case, &x, 16, &weight);
+            check(&format!("{dtype} on {simd}, {pass:?}"), &y, &exact, 0.0, 0.01);
+        }
     }
 }
 
@@ -268,15 +281,10 @@ fn stacked_parts_of_different_formats() {
     for tokens in [1, 6, 31] {
         let x = random_input(&mut random, tokens, 512);
         let exact = reference(&x, tokens, &weight);
-        for simd in levels_here() {
-            let case = Case { simd, precision: Precision::F32, threads: 2, accumulate: true };
-            check(
-                &format!("{tokens} tokens on {simd}"),
-                &compute(&case, &x, tokens, &weight),
-                &exact,
-                0.5,
-                2e-6,
-            );
+        for (simd, pass) in everywhere() {
+            let case = Case { simd, pass, precision: Precision::F32, threads: 2, accumulate: true };
+            let y = compute(&case, &x, tokens, &weight);
+            check(&format!("{tokens} tokens on {simd}, {pass:?}"), &y, &exact, 0.5, 2e-6);
         }
     }
 }
@@ -285,23 +293,17 @@ fn stacked_parts_of_different_formats() {
 fn neither_threads_nor_neighbours_change_a_bit() {
     let mut random = Random(11);
     let weight = mixed(&mut random);
-    for (most, fewer) in [(PANEL_TOKENS - 1, &[1, 3][..]), (200, &[PANEL_TOKENS, 100][..])] {
-        let x = random_input(&mut random, most, 512);
-        for simd in levels_here() {
-            for precision in [Precision::F32, Precision::Fast] {
-                let case = |threads| Case { simd, precision, threads, accumulate: false };
-                let one = compute(&case(1), &x, most, &weight);
-                for threads in [2, 3, 7] {
-                    assert_eq!(
-                        compute(&case(threads), &x, most, &weight),
-                        one,
-                        "{threads} threads on {simd}"
-                    );
-                }
-                for &tokens in fewer {
-                    let some = compute(&case(2), &x[..tokens * 512], tokens, &weight);
-                    assert_eq!(some, one[..tokens * weight.rows()], "{tokens} tokens on {simd}");
-                }
+    let x = random_input(&mut random, 200, 512);
+    for (simd, pass) in everywhere() {
+        for precision in [Precision::F32, Precision::Fast] {
+            let case = |threads| Case { simd, pass, precision, threads, accumulate: false };
+            let one = compute(&case(1), &x, 200, &weight);
+            for threads in [2, 3, 7] {
+                assert_eq!(compute(&case(threads), &x, 200, &weight), one, "{threads} threads on {simd}");
+            }
+            for tokens in [1, 3, 8, 9, 100] {
+                let some = compute(&case(2), &x[..tokens * 512], tokens, &weight);
+                assert_eq!(some, one[..tokens * weight.rows()], "{tokens} tokens on {simd}, {pass:?}");
             }
         }
     }
@@ -315,9 +317,9 @@ fn a_not_a_number_shows_in_its_own_token_only() {
         for tokens in [3, 12] {
             let mut x = random_input(&mut random, tokens, 512);
             x[512 + 40] = bad;
-            for simd in levels_here() {
+            for (simd, pass) in everywhere() {
                 for precision in [Precision::F32, Precision::Fast] {
-                    let case = Case { simd, precision, threads: 2, accumulate: false };
+                    let case = Case { simd, pass, precision, threads: 2, accumulate: false };
                     let y = compute(&case, &x, tokens, &weight);
                     let rows = weight.rows();
                     let others = y[..rows].iter().chain(&y[2 * rows..]);
@@ -360,9 +362,9 @@ fn expansion_agrees_with_the_blocks() {
 #[test]
 fn no_rows_and_no_tokens_are_fine() {
     let empty = Weight::new(tensor(DType::F32, 0, 8));
-    matmul(&mut Team::new(2), Simd::detect(), Precision::Fast, false, 1, &[0.0; 8], &empty, &mut []);
+    matmul(&mut Team::new(2), Simd::detect(), Pass::Decode, Precision::Fast, false, 1, &[0.0; 8], &empty, &mut []);
     let weight = Weight::new(tensor(DType::F32, 4, 8));
-    matmul(&mut Team::new(2), Simd::detect(), Precision::Fast, false, 0, &[], &weight, &mut []);
+    matmul(&mut Team::new(2), Simd::detect(), Pass::Decode, Precision::Fast, false, 0, &[], &weight, &mut []);
     let Storage::Cpu(memory) = weight.parts[0].matrix.storage();
     assert!(!memory.is_empty());
 }
