@@ -3,9 +3,6 @@
 use super::Call;
 use std::{cmp::Reverse, sync::atomic::AtomicU32};
 
-/// Query rows (new tokens × heads of a kv head) up to which a sequence is cheaper to decode than to prefill.
-const DECODE_ROWS: usize = 16;
-
 /// A part of the call that one thread computes, for one sequence and kv head.
 pub(super) struct Task {
     pub sequence: usize,
@@ -48,7 +45,8 @@ impl Plan {
         self.tasks.clear();
         self.reductions.clear();
         let kv_heads = call.p.kv_heads as usize;
-        let decodes = |tokens: usize| tokens == 1 || tokens * call.group <= DECODE_ROWS;
+        // By this alone, so that a prompt's bits do not depend on the pieces it is read in.
+        let decodes = |tokens: usize| tokens == 1;
         let (mut partials, mut prefill_rows) = (0, 0);
         for s in 0..call.p.sequences as usize {
             let sequence = call.sequence(s);
