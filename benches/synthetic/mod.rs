@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // No bench uses all of it.
 
+pub mod pair;
+
 use c2c::{
     backend::{DType, Precision, Queue, Tensor},
     model::{Biases, Decoder, LayerWeights, ModelConfig, Rope, RopeScaling, Weights},
@@ -105,7 +107,7 @@ impl Synthetic<'_> {
         self.queue.tensor(&weights, &[width], "norm").expect("memory for a norm")
     }
 
-    /// A model with matrices of `dtype`.
+    /// A model with matrices of `dtype`; F32 ones are computed with in full.
     pub fn decoder(&mut self, config: &ModelConfig, dtype: DType) -> Arc<Decoder> {
         let (hidden, ffn) = (config.hidden, config.ffn);
         let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
@@ -140,13 +142,15 @@ impl Synthetic<'_> {
             final_norm: self.norm(hidden),
             lm_head: Weight::new(embed),
         };
-        Arc::new(Decoder { config: config.clone(), weights, precision: Precision::Fast })
+        let precision = if dtype == DType::F32 { Precision::F32 } else { Precision::Fast };
+        Arc::new(Decoder { config: config.clone(), weights, precision })
     }
 }
 
-/// A lane of `decoder` for `tokens` tokens, with a BF16 cache.
+/// A lane of `decoder` for `tokens` tokens, with a cache as exact as the decoder: F32 or BF16.
 pub fn lane(decoder: &Arc<Decoder>, queue: &Queue, tokens: usize) -> Lane {
-    let kv = decoder.config.paged_kv(queue.backend(), tokens.div_ceil(16), 16, DType::Bf16);
+    let dtype = if decoder.precision == Precision::F32 { DType::F32 } else { DType::Bf16 };
+    let kv = decoder.config.paged_kv(queue.backend(), tokens.div_ceil(16), 16, dtype);
     Lane::new(decoder.clone(), queue.clone(), kv.expect("memory for a cache"), tokens).expect("a lane")
 }
 
