@@ -12,7 +12,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use machine::{Machine, Work};
 use synthetic::pair::Pair;
 
-const TOKENS: usize = 256;
+const TOKENS: usize = 128;
 
 fn c2c(criterion: &mut Criterion) {
     let machine = Machine::open();
