@@ -15,7 +15,7 @@ use c2c::{
 use criterion::{Criterion, criterion_group, criterion_main};
 use machine::{Machine, Work, assert_close};
 use std::sync::Arc;
-use synthetic::{Synthetic, ids, lane, pass_flops, receiver, sharer, small};
+use synthetic::{Synthetic, ids, lane, pass_flops, receiver, sharer, small, tolerance};
 
 /// Tokens whose cache is compared with the portable reference.
 const CHECKED: usize = 16;
@@ -42,7 +42,7 @@ fn prefill(criterion: &mut Criterion) {
         let mut lane = lane(&decoder, &queue, tokens);
         let ids = ids(&config, tokens);
         let mut logits = read(&mut lane, &ids);
-        check(&id, &decoder, &mut lane, &ids, &logits);
+        check(&id, &decoder, &mut lane, &ids, &logits, tolerance(dtype));
 
         let flops = pass_flops(&config, 0, tokens, true) + head_flops(&config);
         let work = if dtype.is_quantized() { Work::Int8(flops) } else { Work::Bf16(flops) };
@@ -64,7 +64,7 @@ fn read(lane: &mut Lane, ids: &[u32]) -> Vec<f32> {
 }
 
 /// Against f32 arithmetic: the logits with this processor's kernels, the last layer's first columns with plain Rust.
-fn check(id: &str, decoder: &Decoder, found: &mut Lane, ids: &[u32], logits: &[f32]) {
+fn check(id: &str, decoder: &Decoder, found: &mut Lane, ids: &[u32], logits: &[f32], tolerance: f64) {
     let exact = Arc::new(Decoder {
         config: decoder.config.clone(),
         weights: decoder.weights.clone(),
@@ -73,8 +73,6 @@ fn check(id: &str, decoder: &Decoder, found: &mut Lane, ids: &[u32], logits: &[f
     let wide = |numbers: Vec<f32>| -> Vec<f64> { numbers.into_iter().map(f64::from).collect() };
     let queue = Queue::new(found.queue.backend());
     let expected = read(&mut lane(&exact, &queue, ids.len()), ids);
-    // Rounded products of every layer add up; a wrong one would be off by 1.
-    let tolerance = 0.25;
     assert_close(&format!("{id}: logits"), logits, &wide(expected), tolerance);
 
     let portable: Arc<dyn c2c::backend::Backend> = Cpu::with(0, Simd::Portable, Schedule::Steady);
