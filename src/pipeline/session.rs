@@ -306,6 +306,10 @@ impl Session {
         Ok(Session { backend, receiver, sharers, fusers, gates, options, load: start.elapsed() })
     }
 
+    pub fn mode(&self) -> Mode {
+        self.options.mode
+    }
+
     pub(super) fn receiver(&self) -> Result<&Model, Error> {
         self.receiver.as_ref().ok_or(Error::MissingModel { mode: self.options.mode, what: "--receiver" })
     }
@@ -314,7 +318,8 @@ impl Session {
     pub fn lane(&self, model: &Model, tokens: usize) -> Result<Lane, Error> {
         let config = &model.decoder.config;
         if tokens > config.context_length {
-            return Err(model::Error::ContextExceeded { tokens, limit: config.context_length }.into());
+            let (model, limit) = (model.path.display().to_string(), config.context_length);
+            return Err(Error::ContextExceeded { model, tokens, limit });
         }
         let blocks = tokens.div_ceil(BLOCK_SIZE).max(1);
         let kv = config.paged_kv(&self.backend, blocks, BLOCK_SIZE, self.options.dtype.kv())?;
