@@ -4,7 +4,7 @@ mod goldens;
 
 use c2c::{
     backend::{Backend, DType, Precision, Queue, Tensor, cpu::Cpu},
-    fuser::{FuseCall, Fuser, FuserConfig, FuserError, Kind, Mapping, CacheShape, Training, require_contract},
+    fuser::{FuseCall, Fuser, FuserConfig, FuserError, Kind, Mapping, Party, Training, require_contract},
     ops::KvPages,
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -115,7 +115,7 @@ fn load(golden: &BTreeMap<String, Array>, kind: Kind, backend: &Arc<dyn Backend>
     let param = |name: &str| &golden[&format!("param.{name}")];
     let shape = |name: &str| {
         let dims = &golden[name].shape;
-        CacheShape::new(1, dims[1], dims[3])
+        Party::new(1, dims[1], dims[3])
     };
     let w1 = &param("key_mlp1.blocks.0.w1.weight").shape;
     let blocks =
@@ -299,13 +299,13 @@ fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-fn model_shape(folder: &Path) -> CacheShape {
+fn model_shape(folder: &Path) -> Party {
     let text = fs::read_to_string(folder.join("config.json")).unwrap();
     let config: serde_json::Value = serde_json::from_str(&text).unwrap();
     let number = |name: &str| config[name].as_u64().map(|n| n as usize);
     let heads = number("num_attention_heads").unwrap();
     let dim = number("head_dim").unwrap_or_else(|| number("hidden_size").unwrap() / heads);
-    CacheShape::new(number("num_hidden_layers").unwrap(), number("num_key_value_heads").unwrap_or(heads), dim)
+    Party::new(number("num_hidden_layers").unwrap(), number("num_key_value_heads").unwrap_or(heads), dim)
 }
 
 #[test]

@@ -95,7 +95,7 @@ impl FuserChoice {
         mapping: LayerMapping,
         backend: &Arc<dyn Backend>,
     ) -> Result<Fuser, Error> {
-        let (ours, theirs) = (receiver.shape(), sharer.shape());
+        let (ours, theirs) = (receiver.party(), sharer.party());
         let fuser = match self {
             FuserChoice::Load(path) => Fuser::load(path, backend)?,
             FuserChoice::Init { seed } => {
@@ -163,15 +163,15 @@ impl Model {
     }
 
     /// What a fuser made for this model expects.
-    pub fn shape(&self) -> fuser::CacheShape {
+    pub fn party(&self) -> fuser::Party {
         let config = &self.decoder.config;
-        fuser::CacheShape {
+        fuser::Party {
             name: self.path.file_stem().map(|name| name.to_string_lossy().into_owned()),
             config: Some(fuser::Digest(config.fingerprint())),
             tokenizer: self.tokenizer.as_ref().map(|tokenizer| fuser::Digest(tokenizer.fingerprint())),
             rope: Some(config.rope_in_words()),
             norm: Some(if config.qk_norm { "rms" } else { "none" }.into()),
-            ..fuser::CacheShape::new(config.layers, config.kv_heads, config.head_dim)
+            ..fuser::Party::new(config.layers, config.kv_heads, config.head_dim)
         }
     }
 
