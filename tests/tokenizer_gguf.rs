@@ -163,9 +163,11 @@ fn same_fingerprint_as_tokenizer_json() {
     for (file, name) in [
         ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2"),
         ("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "qwen2.5"),
+        ("gemma-3-270m-q4_k_m.gguf", "gemma3"),
     ] {
         let (Some(gguf), Some(json)) = (from_gguf(file), from_shared(name)) else { continue };
-        assert_eq!(gguf.fingerprint(), json.fingerprint(), "{file}");
+        let rows = gguf.vocab_size();
+        assert_eq!(gguf.fingerprint(rows), json.fingerprint(rows), "{file}");
     }
 }
 
@@ -254,9 +256,7 @@ fn converted_tokenizers_stay_the_same() {
             assert_eq!(ids, json.encode(&text, false).unwrap().ids, "{name}: {text:?}");
             assert_eq!(gguf.decode(&ids, false), json.decode(&ids, false), "{name}: {text:?}");
         }
-        // A tokenizer.json has ranks where GGUF has scores, and those do not say in which order equal scores merge.
-        if vocab.model == "gpt2" {
-            assert_eq!(gguf.fingerprint(), json.fingerprint(), "{name}");
-        }
+        let rows = vocab.tokens.len();
+        assert_eq!(gguf.fingerprint(rows), json.fingerprint(rows), "{name}");
     }
 }

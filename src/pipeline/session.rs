@@ -168,7 +168,10 @@ impl Model {
         fuser::Party {
             name: self.path.file_stem().map(|name| name.to_string_lossy().into_owned()),
             config: Some(fuser::Digest(config.fingerprint())),
-            tokenizer: self.tokenizer.as_ref().map(|tokenizer| fuser::Digest(tokenizer.fingerprint())),
+            tokenizer: self
+                .tokenizer
+                .as_ref()
+                .map(|tokenizer| fuser::Digest(tokenizer.fingerprint(config.vocab))),
             rope: Some(config.rope_in_words()),
             norm: Some(if config.qk_norm { "rms" } else { "none" }.into()),
             ..fuser::Party::new(config.layers, config.kv_heads, config.head_dim)
