@@ -6,7 +6,7 @@ mod synthetic;
 
 use c2c::{
     backend::{DType, Precision, Queue, Tensor},
-    fuser::{CacheShape, FuseCall, Fuser, FuserConfig, Kind, Mapping},
+    fuser::{FuseCall, Fuser, FuserConfig, Kind, Mapping, Party},
     ops::{Ffn, KvPages, Projector, Weight},
 };
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -20,7 +20,7 @@ fn fuse(criterion: &mut Criterion) {
     let mut group = machine.group(criterion, "fuse");
     let queue = Queue::new(&machine.device);
     let hidden = if machine.smoke() { 64 } else { 1024 };
-    let (receiver, sharer) = (CacheShape::new(1, 8, 128), CacheShape::new(1, 2, 64));
+    let (receiver, sharer) = (Party::new(1, 8, 128), Party::new(1, 2, 64));
     let mut config =
         FuserConfig::new(Kind::C2c, hidden, hidden, Mapping::LastAligned, &[0], receiver, sharer);
     config.dtype = DType::Bf16;

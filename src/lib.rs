@@ -26,6 +26,8 @@ pub mod engine;
 
 pub mod rng;
 
+pub mod durable;
+
 pub mod ops;
 
 pub mod backend;

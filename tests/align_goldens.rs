@@ -5,6 +5,8 @@
 //! `tokenizer_config.json`, or with a `models` folder that has them); without it those of `<shared>/tokenizers` are
 //! used as far as they are the same tokenizers, and the rest is skipped.
 
+mod goldens;
+
 use c2c::{
     align::{
         Aligner, Alignment, ChatOptions, Fraction, LayerMapping, MatchKind, Portion, Section, Strategy,
@@ -13,28 +15,7 @@ use c2c::{
     tokenizer::{Message, TemplateOptions, Tokenizer},
 };
 use serde_json::{Map, Value, json};
-use std::{
-    collections::BTreeMap,
-    env,
-    path::{Path, PathBuf},
-    sync::OnceLock,
-};
-
-fn shared() -> PathBuf {
-    env::var_os("C2C_SHARED")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from)
-}
-
-/// A golden file; from the shared folder where `C2C_GOLDENS` lacks it.
-fn golden(file: &str) -> Option<Value> {
-    let folders = env::var_os("C2C_GOLDENS").map(PathBuf::from).into_iter().chain([shared().join("goldens")]);
-    let Some(path) = folders.map(|folder| folder.join(file)).find(|path| path.is_file()) else {
-        eprintln!("skipped: no goldens/{file}; set C2C_SHARED or C2C_GOLDENS");
-        return None;
-    };
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    Some(serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
-}
+use std::{collections::BTreeMap, env, sync::OnceLock};
 
 fn numbers<T: TryFrom<i64>>(value: &Value) -> Vec<T> {
     let number = |v: &Value| v.as_i64().and_then(|n| T::try_from(n).ok());
@@ -74,21 +55,7 @@ fn tokenizers(goldens: &Value) -> BTreeMap<String, Tokenizer> {
 fn load_tokenizers(goldens: &Value) -> BTreeMap<String, Tokenizer> {
     let mut found = BTreeMap::new();
     for (name, expected) in goldens["tokenizers"].as_object().expect("tokenizers") {
-        let given = env::var_os("C2C_TOKENIZERS").map(PathBuf::from);
-        let folder = match &given {
-            Some(folder) => folder.join(name),
-            None => shared().join("tokenizers").join(match name.as_str() {
-                "qwen2_5" => "qwen2.5",
-                "llama3_2" => "llama3",
-                name => name,
-            }),
-        };
-        let inner = folder.join("models");
-        let folder = if inner.is_dir() { inner } else { folder };
-        if !folder.join("tokenizer.json").is_file() {
-            eprintln!("skipped: tokenizer {name}: no {}/tokenizer.json", folder.display());
-            continue;
-        }
+        let Some((folder, exact)) = goldens::tokenizer(name) else { continue };
         let tokenizer =
             Tokenizer::from_folder(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
         let special = tokenizer.special();
@@ -109,8 +76,8 @@ fn load_tokenizers(goldens: &Value) -> BTreeMap<String, Tokenizer> {
             found.insert(name.clone(), tokenizer);
         } else {
             let message = format!("{} is not the goldens' {name}: {differing:?} differ", folder.display());
-            assert!(given.is_none(), "{message}");
-            eprintln!("skipped: {message}");
+            assert!(!exact, "{message}");
+            goldens::skipped(message);
         }
     }
     found
@@ -123,7 +90,7 @@ fn pair<'a>(found: &'a BTreeMap<String, Tokenizer>, case: &Value) -> Option<(&'a
 
 #[test]
 fn layer_mappings() {
-    let Some(goldens) = golden("mapping.json") else { return };
+    let Some(goldens) = goldens::json("mapping.json") else { return };
     let mut cases = 0;
     for kind in ["last_aligned", "k_nearest"] {
         for (name, table) in goldens[kind].as_object().expect("tables") {
@@ -143,7 +110,7 @@ fn layer_mappings() {
 
 #[test]
 fn section_lists() {
-    let Some(goldens) = golden("kv_index_and_collator.json") else { return };
+    let Some(goldens) = goldens::json("kv_index_and_collator.json") else { return };
     let published = |sections: Vec<Section>| -> Vec<(usize, i64)> {
         sections.iter().map(|s| (s.len, s.published_mask())).collect()
     };
@@ -180,12 +147,12 @@ fn section_lists() {
 
 #[test]
 fn tokens_by_first_and_longest() {
-    let Some(goldens) = golden("align/align_tokens.json") else { return };
+    let Some(goldens) = goldens::json("align/align_tokens.json") else { return };
     let found = tokenizers(&goldens);
     for case in list(&goldens["pairs"]) {
         let name = format!("{} <- {}", text(&case["slm"]), text(&case["llm"]));
         let Some((receiver, sharer)) = pair(&found, case) else {
-            eprintln!("skipped: {name}");
+            goldens::skipped(name);
             continue;
         };
         let first = TokenAligner::new(receiver, sharer, Strategy::First);
@@ -217,7 +184,7 @@ fn tokens_by_first_and_longest() {
 
 /// Tokenizers whose chat template is the goldens' too.
 fn with_templates(mut found: BTreeMap<String, Tokenizer>) -> BTreeMap<String, Tokenizer> {
-    let Some(goldens) = golden("align/chat_templates.json") else { return BTreeMap::new() };
+    let Some(goldens) = goldens::json("align/chat_templates.json") else { return BTreeMap::new() };
     if env::var_os("C2C_TOKENIZERS").is_some() {
         return found; // Given for these goldens: a difference is an error, not another template.
     }
@@ -228,7 +195,7 @@ fn with_templates(mut found: BTreeMap<String, Tokenizer>) -> BTreeMap<String, To
         let options = template_options(flag("add_generation_prompt"), flag("enable_thinking"));
         let rendered = tokenizer.render(&messages(&case["messages"]), &options);
         if case["text"].as_str().is_some_and(|expected| rendered.as_deref().ok() != Some(expected)) {
-            eprintln!("skipped: {name}'s chat template is not the goldens'");
+            goldens::skipped(format_args!("{name}'s chat template is not the goldens'"));
             found.remove(name);
         }
     }
@@ -237,8 +204,8 @@ fn with_templates(mut found: BTreeMap<String, Tokenizer>) -> BTreeMap<String, To
 
 #[test]
 fn chat_messages_by_first_and_longest() {
-    let Some(goldens) = golden("align/align_chat_messages.json") else { return };
-    let Some(about) = golden("align/align_tokens.json") else { return };
+    let Some(goldens) = goldens::json("align/align_chat_messages.json") else { return };
+    let Some(about) = goldens::json("align/align_tokens.json") else { return };
     let found = with_templates(tokenizers(&about));
     let (mut done, mut skipped, mut rescued) = (0, 0, 0);
     for case in list(&goldens) {
@@ -313,20 +280,20 @@ fn chat_messages_by_first_and_longest() {
     }
     eprintln!("{done} conversations as published, {rescued} that the published program gives up on");
     if skipped > 0 {
-        eprintln!("skipped: {skipped} conversations, their tokenizers are not here");
+        goldens::skipped(format_args!("{skipped} conversations, their tokenizers are not here"));
     }
 }
 
 /// What training on aligned pairs reads, from the same padded form.
 #[test]
 fn aligned_training_samples() {
-    let Some(goldens) = golden("align/training_datasets.json") else { return };
-    let Some(about) = golden("align/align_tokens.json") else { return };
+    let Some(goldens) = goldens::json("align/training_datasets.json") else { return };
+    let Some(about) = goldens::json("align/align_tokens.json") else { return };
     let found = with_templates(tokenizers(&about));
     for case in list(&goldens["aligned"]) {
         let name = format!("{} <- {}", text(&case["slm"]), text(&case["llm"]));
         let Some((receiver, sharer)) = pair(&found, case) else {
-            eprintln!("skipped: {name}");
+            goldens::skipped(name);
             continue;
         };
         let aligner =

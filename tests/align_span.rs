@@ -1,30 +1,23 @@
 //! Properties of alignment on real tokenizers and random text, for every pair of tokenizers in `<shared>/tokenizers`.
 //! The seed is printed; `C2C_SEED` sets it.
 
+mod goldens;
+
 use c2c::{
     align::{AlignedPrompt, Aligner, Alignment, ChatOptions, Remark, report, span_columns},
     tokenizer::{Message, TemplateOptions, Tokenizer},
 };
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-    sync::OnceLock,
-};
+use std::{env, fs, path::PathBuf, sync::OnceLock};
 
 /// All tokenizers at hand, by folder name. Those without a template of their own get a plain one.
 fn tokenizers() -> &'static [(String, Tokenizer)] {
     static FOUND: OnceLock<Vec<(String, Tokenizer)>> = OnceLock::new();
     FOUND.get_or_init(|| {
-        let shared = env::var_os("C2C_SHARED")
-            .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
-        let folder = shared.join("tokenizers");
-        let entries = fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.path());
+        let folder = goldens::shared("tokenizers").and_then(|folder| fs::read_dir(folder).ok());
+        let entries = folder.into_iter().flatten().flatten().map(|entry| entry.path());
         let mut folders: Vec<PathBuf> =
             entries.filter(|path| path.join("tokenizer.json").is_file()).collect();
         folders.sort();
-        if folders.is_empty() {
-            eprintln!("skipped: no tokenizers in {}; set C2C_SHARED", folder.display());
-        }
         let load = |path: &PathBuf| {
             let tokenizer =
                 Tokenizer::from_folder(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -241,7 +234,7 @@ fn random_conversations_align() {
 fn named(name: &str) -> Option<Tokenizer> {
     let found = tokenizers().iter().find(|(n, _)| n == name).map(|(_, tokenizer)| tokenizer.clone());
     if found.is_none() {
-        eprintln!("skipped: no tokenizer {name}");
+        goldens::skipped(format_args!("there is no tokenizer {name}"));
     }
     found
 }

@@ -2,7 +2,7 @@
 
 use c2c::{
     backend::{Backend, DType, Queue, cpu::Cpu},
-    fuser::{CacheShape, Digest, Fuser, FuserConfig, FuserError, Kind, Mapping},
+    fuser::{Digest, Fuser, FuserConfig, FuserError, Kind, Mapping, Party},
     rng::{Purpose, Rng, Stream},
 };
 use safetensors::{SafeTensors, tensor::TensorView};
@@ -19,12 +19,9 @@ fn backend() -> Arc<dyn Backend> {
 }
 
 fn fuser(kind: Kind, backend: &Arc<dyn Backend>) -> Fuser {
-    let receiver = CacheShape {
-        name: Some("receiver".into()),
-        config: Some(Digest([0xab; 32])),
-        ..CacheShape::new(3, 2, 6)
-    };
-    let sharer = CacheShape { layers: None, name: Some("sharer".into()), ..CacheShape::new(0, 1, 10) };
+    let receiver =
+        Party { name: Some("receiver".into()), config: Some(Digest([0xab; 32])), ..Party::new(3, 2, 6) };
+    let sharer = Party { layers: None, name: Some("sharer".into()), ..Party::new(0, 1, 10) };
     let config = FuserConfig::new(kind, 8, 12, Mapping::LastAligned, &[0, 0, 1], receiver, sharer);
     Fuser::init(config, 5, backend).unwrap()
 }
@@ -67,7 +64,7 @@ fn every_kind_survives_both_layouts() {
             saved.unwrap();
             let again = Fuser::load(folder.path(), &backend).unwrap();
             // The published layout has no room for digests.
-            let receiver = CacheShape { config: None, ..fuser.config().receiver.clone() };
+            let receiver = Party { config: None, ..fuser.config().receiver.clone() };
             assert_eq!(*again.config(), FuserConfig { receiver, ..fuser.config().clone() });
             for (a, b) in again.projectors().iter().zip(fuser.projectors()) {
                 for ((name, a), b) in a.tensors().iter().zip(b.tensors().values()) {

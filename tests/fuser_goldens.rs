@@ -1,36 +1,19 @@
 //! The fuser against the authors' program: projectors alone, and their checkpoints.
 
+mod goldens;
+
 use c2c::{
     backend::{Backend, DType, Precision, Queue, Tensor, cpu::Cpu},
-    fuser::{
-        CacheShape, FuseCall, Fuser, FuserConfig, FuserError, Kind, Mapping, Training, require_contract,
-    },
+    fuser::{FuseCall, Fuser, FuserConfig, FuserError, Kind, Mapping, Party, Training, require_contract},
     ops::KvPages,
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
 };
-
-/// `<shared>/goldens/<name>`, or the same in the folder `C2C_GOLDENS` where that has it.
-fn golden(name: &str) -> Option<PathBuf> {
-    let shared = std::env::var_os("C2C_SHARED").map(PathBuf::from);
-    let shared = shared.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"));
-    let given = std::env::var_os("C2C_GOLDENS").map(PathBuf::from);
-    let found = [given, Some(shared.join("goldens"))].into_iter().flatten().map(|folder| folder.join(name));
-    let found = found.into_iter().find(|path| path.exists());
-    if found.is_none() {
-        eprintln!("skipped: golden `{name}` is not there (C2C_SHARED or C2C_GOLDENS name its folder)");
-    }
-    found
-}
-
-fn manifest() -> Option<serde_json::Value> {
-    Some(serde_json::from_str(&fs::read_to_string(golden("manifest.json")?).unwrap()).unwrap())
-}
 
 fn backend() -> Arc<dyn Backend> {
     Cpu::new(2)
@@ -132,7 +115,7 @@ fn load(golden: &BTreeMap<String, Array>, kind: Kind, backend: &Arc<dyn Backend>
     let param = |name: &str| &golden[&format!("param.{name}")];
     let shape = |name: &str| {
         let dims = &golden[name].shape;
-        CacheShape::new(1, dims[1], dims[3])
+        Party::new(1, dims[1], dims[3])
     };
     let w1 = &param("key_mlp1.blocks.0.w1.weight").shape;
     let blocks =
@@ -243,16 +226,16 @@ fn kind(case: &serde_json::Value) -> Option<Kind> {
 
 #[test]
 fn projectors_agree_with_the_reference() {
-    let Some(manifest) = manifest() else { return };
+    let Some(manifest) = goldens::json("manifest.json") else { return };
     let backend = backend();
     let mut cases = 0;
     for case in manifest["projectors"].as_array().unwrap() {
         let file = case["file"].as_str().unwrap();
         let Some(kind) = kind(case) else {
-            eprintln!("skipped: {file} is a {}, which is not built", case["type"]);
+            goldens::skipped(format_args!("{file} is a {}, which is not built", case["type"]));
             continue;
         };
-        let golden = read(&golden(file).unwrap());
+        let golden = read(&goldens::find(file).unwrap());
         if golden["source_key"].dtype != Dtype::F32 {
             continue; // `a_bf16_projector_is_as_good_as_the_reference`
         }
@@ -274,7 +257,7 @@ fn projectors_agree_with_the_reference() {
 /// |ours − f32| ≤ 2 · |theirs − f32|: the f32 run has the same bf16 parameters and inputs.
 #[test]
 fn a_bf16_projector_is_as_good_as_the_reference() {
-    let Some(path) = golden("projector/c2c_bf16.safetensors") else { return };
+    let Some(path) = goldens::find("projector/c2c_bf16.safetensors") else { return };
     let (golden, backend) = (read(&path), backend());
     let fuser = load(&golden, Kind::C2c, &backend);
     let gates = fuser.gates()[0];
@@ -316,22 +299,22 @@ fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-fn model_shape(folder: &Path) -> CacheShape {
+fn model_shape(folder: &Path) -> Party {
     let text = fs::read_to_string(folder.join("config.json")).unwrap();
     let config: serde_json::Value = serde_json::from_str(&text).unwrap();
     let number = |name: &str| config[name].as_u64().map(|n| n as usize);
     let heads = number("num_attention_heads").unwrap();
     let dim = number("head_dim").unwrap_or_else(|| number("hidden_size").unwrap() / heads);
-    CacheShape::new(number("num_hidden_layers").unwrap(), number("num_key_value_heads").unwrap_or(heads), dim)
+    Party::new(number("num_hidden_layers").unwrap(), number("num_key_value_heads").unwrap_or(heads), dim)
 }
 
 #[test]
 fn checkpoints_load_in_every_layout() {
-    let Some(manifest) = manifest() else { return };
+    let Some(manifest) = goldens::json("manifest.json") else { return };
     let backend = backend();
     let queue = Queue::new(&backend);
     for case in manifest["checkpoints"].as_array().unwrap() {
-        let folder = golden(case["folder"].as_str().unwrap()).unwrap();
+        let folder = goldens::find(case["folder"].as_str().unwrap()).unwrap();
         let fuser = Fuser::load(&folder, &backend).unwrap();
         let expected: BTreeMap<String, Vec<u8>> = read(&folder.join("projectors.safetensors"))
             .into_iter()
@@ -339,8 +322,8 @@ fn checkpoints_load_in_every_layout() {
             .collect();
         assert!(contents(&fuser, &queue) == expected, "{}: safetensors", folder.display());
 
-        let receiver = model_shape(&golden(case["receiver"].as_str().unwrap()).unwrap());
-        let sharer = model_shape(&golden(case["sharer"].as_str().unwrap()).unwrap());
+        let receiver = model_shape(&goldens::find(case["receiver"].as_str().unwrap()).unwrap());
+        let sharer = model_shape(&goldens::find(case["sharer"].as_str().unwrap()).unwrap());
         require_contract(fuser.config(), &receiver, &sharer).unwrap();
         assert!(require_contract(fuser.config(), &sharer, &receiver).is_err(), "the models swapped");
         assert_eq!(fuser.layers(), receiver.layers.unwrap());
@@ -395,7 +378,7 @@ fn checkpoints_load_in_every_layout() {
 
 #[test]
 fn a_pickle_that_wants_more_is_refused_by_name() {
-    let Some(folder) = golden("ckpt/qwen3_from_qwen2/final") else { return };
+    let Some(folder) = goldens::find("ckpt/qwen3_from_qwen2/final") else { return };
     let backend = backend();
     let scratch = tempfile::tempdir().unwrap();
     copy_folder(&folder, scratch.path());

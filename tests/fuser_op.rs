@@ -5,7 +5,7 @@ use c2c::{
         Backend, Precision, Queue, Tensor,
         cpu::{Cpu, Schedule, Simd},
     },
-    fuser::{CacheShape, FuseCall, Fuser, FuserConfig, GateOverride, Kind, LayerProjector, Mapping},
+    fuser::{FuseCall, Fuser, FuserConfig, GateOverride, Kind, LayerProjector, Mapping, Party},
     ops::KvPages,
     rng::{Purpose, Rng, Stream},
 };
@@ -17,7 +17,7 @@ const BLOCK: usize = 8;
 type Dims = [usize; 4];
 
 fn config(kind: Kind, [sh, sd, th, td]: Dims) -> FuserConfig {
-    let (receiver, sharer) = (CacheShape::new(2, th, td), CacheShape::new(3, sh, sd));
+    let (receiver, sharer) = (Party::new(2, th, td), Party::new(3, sh, sd));
     let config = FuserConfig::new(kind, 20, 28, Mapping::LastAligned, &[1, 2], receiver, sharer);
     FuserConfig { num_layers: 4, ..config }
 }

@@ -83,7 +83,7 @@ fn each(dtype: &str, test: impl Fn(&str, &Value, &Tensors)) {
             continue;
         }
         if case["include_response"] == true {
-            eprintln!("skipped: {file}: fusing the answer's own tokens is not supported");
+            goldens::skipped(format_args!("{file}: fusing the answer's own tokens is not supported"));
             continue;
         }
         let Some(path) = find(file) else { continue };
@@ -143,7 +143,9 @@ fn logits_caches_and_sequences() {
             .into_iter()
             .any(|name| golden.has(name) && golden.integers(name).contains(&0));
         if padded && (checks(case, "greedy") || checks(case, "scores")) {
-            eprintln!("skipped: {file}: generated tokens after the first, of a prompt with padding");
+            goldens::skipped(format_args!(
+                "{file}: generated tokens after the first, of a prompt with padding"
+            ));
         }
         if checks(case, "greedy") {
             let (ours, mut theirs) = (dumps[0].integer("generate.sequences").unwrap().1, expected.unwrap());

@@ -1,5 +1,6 @@
 //! Whole models: the tiny ones of the goldens, and real GGUF files where there are some.
 
+mod goldens;
 mod readers;
 
 use c2c::{
@@ -9,21 +10,15 @@ use c2c::{
 };
 use std::{
     cell::Cell,
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-fn shared() -> PathBuf {
-    env::var_os("C2C_SHARED")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from)
-}
-
-/// The goldens' models: those of `C2C_GOLDENS` where set, else of the shared folder.
+/// Models of the goldens.
 fn golden_models() -> Vec<PathBuf> {
-    let goldens = env::var_os("C2C_GOLDENS").map_or_else(|| shared().join("goldens"), PathBuf::from);
-    let Ok(entries) = fs::read_dir(goldens.join("models")) else { return Vec::new() };
-    let mut models: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    let folder = goldens::find("models").and_then(|folder| fs::read_dir(folder).ok());
+    let mut models: Vec<_> = folder.into_iter().flatten().map(|entry| entry.unwrap().path()).collect();
     models.retain(|path| path.join("config.json").is_file());
     models.sort();
     models
@@ -78,14 +73,9 @@ fn described(c: &ModelConfig) -> ([usize; 7], bool) {
 
 #[test]
 fn golden_models_load() {
-    let models = golden_models();
-    if models.is_empty() {
-        eprintln!("skipped: no golden models (set C2C_SHARED or C2C_GOLDENS)");
-        return;
-    }
     let backend = backend::open(DeviceChoice::Cpu, 1).unwrap();
     let queue = Queue::new(&backend);
-    for path in models {
+    for path in golden_models() {
         let loaded = load(&path, &backend);
         check_shapes(&loaded);
         assert!(matches!(&loaded.source, Source::Folder(folder) if folder == &path));
@@ -124,16 +114,8 @@ fn golden_models_load() {
 
 #[test]
 fn real_gguf_files_load() {
-    let folder = env::var_os("C2C_MODELS").map(PathBuf::from);
-    let entries = folder.as_ref().and_then(|folder| fs::read_dir(folder).ok());
-    let paths = entries.into_iter().flatten().map(|entry| entry.unwrap().path());
-    let mut paths: Vec<_> = paths.filter(|path| path.extension().is_some_and(|e| e == "gguf")).collect();
-    paths.sort();
-    if paths.is_empty() {
-        eprintln!("skipped: no GGUF files (set C2C_MODELS to a folder that has some)");
-    }
     let backend = backend::open(DeviceChoice::Cpu, 1).unwrap();
-    for path in paths {
+    for path in goldens::models() {
         let loaded = load(&path, &backend);
         check_shapes(&loaded);
         let Source::Gguf(gguf) = &loaded.source else { panic!("{path:?} is a GGUF file") };

@@ -1,5 +1,7 @@
 //! Two real models of different families, where `C2C_MODELS` names a folder that has them.
 
+mod goldens;
+
 use c2c::{
     align::{Alignment, LayerMapping},
     backend::DeviceChoice,
@@ -8,25 +10,15 @@ use c2c::{
     pipeline::{Answer, ComputeType, FuserChoice, Mode, Overlap, Question, Session, SessionOptions},
     tokenizer::{Message, TemplateOptions},
 };
-use std::path::PathBuf;
 
 const RECEIVER: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const SHARER: &str = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf";
 
-fn model(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("C2C_MODELS").map(|folder| PathBuf::from(folder).join(name));
-    let path = path.filter(|path| path.is_file());
-    if path.is_none() {
-        eprintln!("skipped: no {name}; set C2C_MODELS to a folder that has it");
-    }
-    path
-}
-
 fn ask(mode: Mode, gates: &str, dtype: ComputeType, overlap: Overlap) -> Option<Answer> {
     let options = SessionOptions {
         mode,
-        receiver: Some(model(RECEIVER)?),
-        sharers: vec![model(SHARER)?],
+        receiver: Some(goldens::model(RECEIVER)?),
+        sharers: vec![goldens::model(SHARER)?],
         fusers: vec![FuserChoice::Init { seed: 1 }],
         multi_sharer: FusionMode::Sequential,
         alignment: Alignment::Span,

@@ -1,19 +1,13 @@
 //! The sampler and the penalties against recorded runs of the published program.
 
+mod goldens;
+
 use c2c::engine::{Rules, Sampler, SamplingParams, TokenCounts};
 use safetensors::{Dtype, SafeTensors};
-use std::{collections::HashMap, fs, path::PathBuf};
+use std::{collections::HashMap, fs};
 
-/// A file of the goldens: `C2C_GOLDENS`, where it has the file, else the shared folder.
 fn golden(name: &str) -> Option<Vec<u8>> {
-    let shared = std::env::var_os("C2C_SHARED").map_or_else(|| PathBuf::from("../shared"), PathBuf::from);
-    let own = std::env::var_os("C2C_GOLDENS").map(PathBuf::from);
-    let mut folders = own.into_iter().chain([shared.join("goldens")]);
-    let found = folders.find_map(|folder| fs::read(folder.join(name)).ok());
-    if found.is_none() {
-        eprintln!("skipped: no golden file {name}; set C2C_SHARED or C2C_GOLDENS");
-    }
-    found
+    Some(fs::read(goldens::find(name)?).unwrap())
 }
 
 fn metadata(file: &[u8]) -> HashMap<String, String> {
@@ -99,7 +93,7 @@ fn penalties_of_the_published_program() {
         for (option, penalties) in options {
             let raw = format!("penalty_{option}.raw");
             if !file.names().contains(&raw.as_str()) {
-                eprintln!("skipped: {name} has no {raw}");
+                goldens::skipped(format_args!("{name} has no {raw}"));
                 continue;
             }
             let raw = floats(&file, &raw);
@@ -122,7 +116,7 @@ fn penalties_of_the_published_program() {
         }
     }
     match steps {
-        0 => eprintln!("skipped: no case of the manifest has penalties"),
+        0 => goldens::skipped("no case of the manifest has penalties"),
         _ => eprintln!("{steps} steps"),
     }
 }

@@ -4,25 +4,14 @@
 //! goldens, else those of `<shared>/tokenizers`, where two differ from the goldens' own: `llama3` is Llama 3, not 3.2,
 //! and `qwen2.5` is a bare tokenizer.json with its template in `meta.json`.
 
+mod goldens;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use c2c::tokenizer::{Message, TemplateOptions, Tokenizer};
 use serde_json::Value;
 
-fn shared() -> PathBuf {
-    std::env::var_os("C2C_SHARED").map_or_else(|| "../shared".into(), PathBuf::from)
-}
-
-fn golden(name: &str) -> Option<Value> {
-    let folder = std::env::var_os("C2C_GOLDENS").map(PathBuf::from);
-    let folders = folder.into_iter().chain([shared().join("goldens")]);
-    let Some(file) = folders.map(|folder| folder.join(name)).find(|file| file.is_file()) else {
-        eprintln!("skipped: no goldens/{name}");
-        return None;
-    };
-    Some(serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap())
-}
+const OWN_FILES: &str = "set C2C_TOKENIZERS to the goldens' own files";
 
 struct Found {
     tokenizer: Tokenizer,
@@ -32,21 +21,7 @@ struct Found {
 
 /// The tokenizer that the goldens call `name`.
 fn tokenizer(name: &str) -> Option<Found> {
-    if let Some(dir) = std::env::var_os("C2C_TOKENIZERS").map(|folder| Path::new(&folder).join(name))
-        && dir.is_dir()
-    {
-        return Some(Found { tokenizer: Tokenizer::from_folder(&dir).unwrap(), exact: true });
-    }
-    let (folder, exact) = match name {
-        "qwen2_5" => ("qwen2.5", false),
-        "llama3_2" => ("llama3", false),
-        name => (name, true),
-    };
-    let dir = shared().join("tokenizers").join(folder);
-    if !dir.is_dir() {
-        eprintln!("skipped: no tokenizer {name} in C2C_TOKENIZERS or <shared>/tokenizers");
-        return None;
-    }
+    let (dir, exact) = goldens::tokenizer(name)?;
     let mut tokenizer = Tokenizer::from_folder(&dir).unwrap();
     if let Ok(meta) = std::fs::read(dir.join("meta.json")) {
         let meta: Value = serde_json::from_slice(&meta).unwrap();
@@ -70,13 +45,11 @@ fn ids(value: &Value) -> Vec<u32> {
 
 #[test]
 fn token_ids() {
-    let Some(cases) = golden("align/tokenize.json") else { return };
+    let Some(cases) = goldens::json("align/tokenize.json") else { return };
     for (name, cases) in by_tokenizer(&cases) {
         let Some(Found { tokenizer, exact }) = tokenizer(name) else { continue };
         if !exact {
-            eprintln!(
-                "skipped: {name}: ids with special tokens (set C2C_TOKENIZERS to the goldens' own files)"
-            );
+            goldens::skipped(format_args!("{name}: ids with special tokens; {OWN_FILES}"));
         }
         for case in cases {
             let text = case["text"].as_str().unwrap();
@@ -100,11 +73,11 @@ fn token_ids() {
 
 #[test]
 fn chat_templates() {
-    let Some(cases) = golden("align/chat_templates.json") else { return };
+    let Some(cases) = goldens::json("align/chat_templates.json") else { return };
     for (name, cases) in by_tokenizer(&cases) {
         let Some(Found { tokenizer, exact }) = tokenizer(name) else { continue };
         if name == "llama3_2" && !exact {
-            eprintln!("skipped: {name}: the template of Llama 3.2 is not here (set C2C_TOKENIZERS)");
+            goldens::skipped(format_args!("{name}: the template of Llama 3.2; {OWN_FILES}"));
             continue;
         }
         for case in cases {
@@ -124,10 +97,10 @@ fn chat_templates() {
 
 #[test]
 fn special_tokens() {
-    let Some(golden) = golden("align/align_tokens.json") else { return };
+    let Some(golden) = goldens::json("align/align_tokens.json") else { return };
     for (name, expected) in golden["tokenizers"].as_object().unwrap() {
         let Some(Found { tokenizer, exact: true }) = tokenizer(name) else {
-            eprintln!("skipped: {name}: special tokens (set C2C_TOKENIZERS to the goldens' own files)");
+            goldens::skipped(format_args!("{name}: special tokens; {OWN_FILES}"));
             continue;
         };
         let id = |field: &str| expected[field].as_u64().map(|id| id as u32);
@@ -147,7 +120,7 @@ fn special_tokens() {
 /// Decoding gives the text back, at once and token by token, and no piece has half a character.
 #[test]
 fn round_trips() {
-    let Some(cases) = golden("align/tokenize.json") else { return };
+    let Some(cases) = goldens::json("align/tokenize.json") else { return };
     for (name, cases) in by_tokenizer(&cases) {
         let Some(Found { tokenizer, .. }) = tokenizer(name) else { continue };
         for text in cases.iter().map(|case| case["text"].as_str().unwrap()) {

@@ -220,10 +220,30 @@ fn fingerprints_tell_tokenizers_apart() {
     let mut renamed = byte_level();
     renamed.tokens[0] = "<|start|>".into();
     let tokenizer = build(&byte_level());
-    assert_eq!(tokenizer.fingerprint(), same.fingerprint());
+    let rows = byte_level().tokens.len();
+    assert_eq!(tokenizer.fingerprint(rows), same.fingerprint(rows));
     for other in [build(&swapped), build(&renamed), build(&sentence_piece())] {
-        assert_ne!(tokenizer.fingerprint(), other.fingerprint());
+        assert_ne!(tokenizer.fingerprint(rows), other.fingerprint(rows));
     }
+    // What a model has no embedding for does not count.
+    let mut longer = sentence_piece();
+    let rows = longer.tokens.len();
+    longer.tokens.push("<image>".into());
+    longer.scores.as_mut().unwrap().push(0.0);
+    longer.token_types.as_mut().unwrap().push(3);
+    let (short, longer) = (build(&sentence_piece()), build(&longer));
+    assert_eq!(short.fingerprint(rows), longer.fingerprint(rows));
+    assert_ne!(short.fingerprint(rows), longer.fingerprint(rows + 1));
+    // A piece of spaces may be spelled either way, a piece of anything else not.
+    let spelled = |piece: &str| {
+        let mut vocab = sentence_piece();
+        vocab.tokens.push(piece.into());
+        vocab.scores.as_mut().unwrap().push(0.0);
+        vocab.token_types.as_mut().unwrap().push(4);
+        build(&vocab).fingerprint(rows + 1)
+    };
+    assert_eq!(spelled("   "), spelled("▁▁▁"));
+    assert_ne!(spelled("   "), spelled("▁▁▁▁"));
 }
 
 #[test]
@@ -456,7 +476,7 @@ fn damaged_json_never_panics() {
         match Tokenizer::from_file(&file) {
             Ok(tokenizer) => {
                 loaded += 1;
-                tokenizer.fingerprint();
+                tokenizer.fingerprint(usize::MAX);
                 if let Ok(encoding) = tokenizer.encode("user ab 12 <s>\n é", true) {
                     tokenizer.decode(&encoding.ids, true);
                     one_by_one(&tokenizer, &encoding.ids);

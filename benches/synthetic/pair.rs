@@ -6,7 +6,7 @@ use c2c::{
     align::{LayerMapping, sections},
     backend::{Backend, DType, Queue, Tensor},
     cache::KvColumns,
-    fuser::{CacheShape, Fuser, FuserConfig, FusionMode, Kind, Mapping},
+    fuser::{Fuser, FuserConfig, FusionMode, Kind, Mapping, Party},
     model::{Decoder, ModelConfig},
     pipeline::{Lane, Link, Overlap, Prompt, SharerPrompt, WantedLogits},
 };
@@ -124,7 +124,7 @@ fn fuser(
     let sources: Vec<usize> =
         mapping.sources(receiver.layers, sharer.layers).iter().map(|best| best[0]).collect();
     let [receiver, sharer] =
-        [receiver, sharer].map(|model| CacheShape::new(model.layers, model.kv_heads, model.head_dim));
+        [receiver, sharer].map(|model| Party::new(model.layers, model.kv_heads, model.head_dim));
     let mut config =
         FuserConfig::new(Kind::C2c, hidden, hidden, Mapping::from(mapping), &sources, receiver, sharer);
     config.dtype = dtype;

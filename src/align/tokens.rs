@@ -133,3 +133,36 @@ pub fn pad_id(tokenizer: &Tokenizer) -> Option<u32> {
     let special = tokenizer.special();
     special.pad.or(special.eos_token)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn tokenizer(name: &str) -> Tokenizer {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/pair").join(name);
+        Tokenizer::from_folder(&folder).unwrap()
+    }
+
+    /// Where the sharer's first piece is shorter than a later one, and where it is not (the first of equals counts).
+    #[test]
+    fn first_and_longest_differ() {
+        let (receiver, sharer) = (tokenizer("receiver"), tokenizer("sharer"));
+        let ids = receiver.encode("han are question sky", false).unwrap().ids;
+        let pieces = |id| {
+            let ids = sharer.encode(&receiver.decode(&[id], false), false).unwrap().ids;
+            ids.iter().map(|&id| sharer.decode(&[id], false)).collect::<Vec<_>>()
+        };
+        let cut: Vec<_> = ids.iter().map(|&id| pieces(id)).collect();
+        assert_eq!(cut[0], ["h", "an"]);
+        assert_eq!(cut[1], [" ", "a", "re"]);
+        assert_eq!(cut[2], [" ", "qu", "es", "tio", "n"]);
+        assert_eq!(cut[3], [" ", "s", "k", "y"]);
+        let read = |strategy| {
+            let ids = TokenAligner::new(&receiver, &sharer, strategy).align_tokens(&ids).unwrap();
+            ids.iter().map(|&id| sharer.decode(&[id], false)).collect::<Vec<_>>()
+        };
+        assert_eq!(read(Strategy::First), ["h", " ", " ", " "]);
+        assert_eq!(read(Strategy::Longest), ["an", "re", "tio", " "]);
+    }
+}

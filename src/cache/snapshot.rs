@@ -5,21 +5,18 @@
 //! shape, dtype) and `sha256` over the description and the tensors in the order just given.
 
 use super::{BlockTable, CacheShape, Domain, Error, KeyForm, KvColumns, PagedKv};
-use crate::backend::{DType, Queue};
-use half::bf16;
-use safetensors::{
-    Dtype,
-    tensor::{Metadata, View},
+use crate::{
+    backend::{DType, Queue},
+    durable::{OutgoingTensor, WriteError, write_safetensors},
 };
+use half::bf16;
+use safetensors::{Dtype, tensor::Metadata};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
-    borrow::Cow,
-    collections::HashMap,
-    fs::{self, File},
+    fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
 };
 
 const FORMAT: &str = "c2c.kv";
@@ -32,6 +29,8 @@ const MAX_HEADER: u64 = 100_000_000;
 pub enum SnapshotError {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Write(#[from] WriteError),
     #[error("{}: not a KV-cache snapshot: {what}", path.display())]
     Format { path: PathBuf, what: String },
     #[error("{}: snapshot version {found}; this build reads version {VERSION}: take the snapshot again", path.display())]
@@ -81,6 +80,13 @@ impl FileDtype {
             FileDtype::BF16 => (DType::Bf16, Dtype::BF16),
         }
     }
+
+    fn bytes(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            FileDtype::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            FileDtype::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+        }
+    }
 }
 
 impl Snapshot {
@@ -126,8 +132,7 @@ impl Snapshot {
         Ok(table)
     }
 
-    /// Writes the snapshot to `path`: to a temporary file beside it, synced, then renamed, so that `path` holds the
-    /// old or the new snapshot whatever happens meanwhile.
+    /// Writes the snapshot to `path`, which holds the old or the new one whatever happens meanwhile.
     pub fn save(&self, path: &Path) -> Result<(), SnapshotError> {
         let dtype = FileDtype::new(self.dtype);
         let description =
@@ -136,36 +141,39 @@ impl Snapshot {
             .map_err(|error| SnapshotError::Format { path: path.into(), what: error.to_string() })?;
         let tensors = self.tensors();
         let mut sum = Checksum::new(&description);
-        tensors.iter().for_each(|(_, tensor)| sum.update(&tensor.data()));
+        for tensor in &tensors {
+            sum.update(&(tensor.bytes)()?);
+        }
         let metadata = [
-            ("format", FORMAT.to_string()),
-            ("version", VERSION.to_string()),
-            ("description", description),
-            ("sha256", sum.finish()),
+            ("format", FORMAT),
+            ("version", VERSION),
+            ("description", &description),
+            ("sha256", &sum.finish()),
         ];
-        let metadata: HashMap<String, String> = metadata.map(|(key, value)| (key.to_string(), value)).into();
-        write_atomically(path, |temporary| {
-            safetensors::serialize_to_file(tensors, Some(metadata), temporary).map_err(io::Error::other)
-        })
-        .map_err(|source| SnapshotError::Io { path: path.into(), source })
+        write_safetensors(path, &metadata, &tensors)
     }
 
     /// In the order of the checksum.
-    fn tensors(&self) -> Vec<(String, FileTensor<'_>)> {
+    fn tensors(&self) -> Vec<OutgoingTensor<'_, SnapshotError>> {
         let (tokens, shape) = (self.token_ids.len(), self.shape);
         let dtype = FileDtype::new(self.dtype);
-        let columns = |data| FileTensor {
-            shape: vec![tokens, shape.kv_heads, shape.head_dim],
-            data: FileData::Columns(data, dtype),
-        };
-        let ids = |data| FileTensor { shape: vec![tokens], data: FileData::Ids(data) };
-        let caches = self.layers.iter().enumerate().flat_map(|(layer, pair)| {
-            let keys = (format!("key.{layer}"), columns(&pair.keys));
-            [keys, (format!("value.{layer}"), columns(&pair.values))]
-        });
-        let ids = [("token_ids", &self.token_ids), ("position_ids", &self.position_ids)]
-            .map(|(name, data)| (name.to_string(), ids(data)));
-        caches.chain(ids).collect()
+        let mut all = Vec::new();
+        for (layer, pair) in self.layers.iter().enumerate() {
+            for (name, columns) in [("key", &pair.keys), ("value", &pair.values)] {
+                all.push(OutgoingTensor {
+                    name: format!("{name}.{layer}"),
+                    dtype: dtype.dtype().1,
+                    shape: vec![tokens, shape.kv_heads, shape.head_dim],
+                    bytes: Box::new(move || Ok(dtype.bytes(columns))),
+                });
+            }
+        }
+        for (name, ids) in [("token_ids", &self.token_ids), ("position_ids", &self.position_ids)] {
+            let bytes = || Ok(ids.iter().flat_map(|id| id.to_le_bytes()).collect());
+            let (name, bytes) = (name.into(), Box::new(bytes));
+            all.push(OutgoingTensor { name, dtype: Dtype::U32, shape: vec![tokens], bytes });
+        }
+        all
     }
 
     /// Reads a snapshot that must be of `domain`. Version, checksum and every shape are verified before anything is
@@ -327,70 +335,4 @@ impl Checksum {
     fn finish(self) -> String {
         self.0.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
-}
-
-/// A tensor that becomes bytes when the file is written.
-struct FileTensor<'a> {
-    shape: Vec<usize>,
-    data: FileData<'a>,
-}
-
-enum FileData<'a> {
-    Columns(&'a [f32], FileDtype),
-    Ids(&'a [u32]),
-}
-
-impl View for FileTensor<'_> {
-    fn dtype(&self) -> Dtype {
-        match self.data {
-            FileData::Columns(_, dtype) => dtype.dtype().1,
-            FileData::Ids(_) => Dtype::U32,
-        }
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(match self.data {
-            FileData::Columns(data, FileDtype::F32) => data.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            FileData::Columns(data, FileDtype::BF16) => {
-                data.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect()
-            }
-            FileData::Ids(data) => data.iter().flat_map(|id| id.to_le_bytes()).collect(),
-        })
-    }
-
-    fn data_len(&self) -> usize {
-        match self.data {
-            FileData::Columns(data, FileDtype::BF16) => 2 * data.len(),
-            FileData::Columns(data, FileDtype::F32) => 4 * data.len(),
-            FileData::Ids(data) => 4 * data.len(),
-        }
-    }
-}
-
-/// Lets `write` fill a temporary file beside `path`, syncs it and renames it to `path`.
-fn write_atomically(path: &Path, write: impl FnOnce(&Path) -> io::Result<()>) -> io::Result<()> {
-    static NUMBER: AtomicU64 = AtomicU64::new(0);
-    let name = path.file_name().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidFilename))?;
-    let folder = match path.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    };
-    let mut temporary_name = name.to_os_string();
-    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    temporary_name.push(format!(".{}-{number}.tmp", std::process::id()));
-    let temporary = folder.join(temporary_name);
-    let written = write(&temporary)
-        .and_then(|()| File::open(&temporary)?.sync_all())
-        .and_then(|()| fs::rename(&temporary, path));
-    if written.is_err() {
-        // It may not exist; the first error is the one to report.
-        let _ = fs::remove_file(&temporary);
-        return written;
-    }
-    // Makes the new name itself durable.
-    File::open(folder)?.sync_all()
 }

@@ -7,9 +7,12 @@ use super::{
     Fuser, FuserError,
     config::FuserConfig,
     parameters::{self, KEY_GATE, TEMPERATURE, VALUE_GATE, from_f32},
-    state::{Outgoing, StateDict, read_safetensors, read_text, write_file, write_safetensors},
+    state::{StateDict, read_safetensors, read_text, safetensors_dtype},
 };
-use crate::backend::{Backend, Queue};
+use crate::{
+    backend::{Backend, Queue},
+    durable::{self, OutgoingTensor, WriteError},
+};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -89,15 +92,16 @@ pub(super) fn refuse_extra(state: &StateDict) -> Result<(), FuserError> {
 }
 
 /// All parameters under their published names.
-pub(super) fn outgoing<'a>(fuser: &'a Fuser, queue: &'a Queue) -> Vec<Outgoing<'a>> {
+pub(super) fn outgoing<'a>(fuser: &'a Fuser, queue: &'a Queue) -> Vec<OutgoingTensor<'a, FuserError>> {
     let dtype = fuser.config().dtype;
+    let file_dtype = safetensors_dtype(dtype);
     let mut all = Vec::new();
     for (index, projector) in fuser.projectors().iter().enumerate() {
         let prefix = prefix(index);
         for (name, tensor) in projector.tensors() {
-            all.push(Outgoing {
+            all.push(OutgoingTensor {
                 name: format!("{prefix}{name}"),
-                dtype,
+                dtype: file_dtype,
                 shape: tensor.shape().to_vec(),
                 bytes: Box::new(move || Ok(queue.backend().download(queue.id(), tensor)?)),
             });
@@ -112,7 +116,7 @@ pub(super) fn outgoing<'a>(fuser: &'a Fuser, queue: &'a Queue) -> Vec<Outgoing<'
                     Ok(bytes)
                 };
                 let (name, bytes) = (format!("{prefix}{name}"), Box::new(bytes));
-                all.push(Outgoing { name, dtype, shape: vec![], bytes });
+                all.push(OutgoingTensor { name, dtype: file_dtype, shape: vec![], bytes });
             }
         }
     }
@@ -124,10 +128,11 @@ pub(super) fn save(fuser: &Fuser, path: &Path, queue: &Queue) -> Result<(), Fuse
     fs::create_dir_all(path).map_err(FuserError::io(path))?;
     let json = path.join(CONFIG);
     let text = serde_json::to_string_pretty(fuser.config()).map_err(FuserError::json(&json))?;
-    write_safetensors(&path.join(WEIGHTS), &[("format", "pt"), (METADATA, &text)], &outgoing(fuser, queue))?;
+    let metadata = [("format", "pt"), (METADATA, &text)];
+    durable::write_safetensors(&path.join(WEIGHTS), &metadata, &outgoing(fuser, queue))?;
     write_text(&json, &text)
 }
 
 pub(super) fn write_text(path: &Path, text: &str) -> Result<(), FuserError> {
-    write_file(path, |out| writeln!(out, "{text}").map_err(FuserError::io(path)))
+    durable::write(path, |out| Ok(writeln!(out, "{text}").map_err(WriteError::at(path))?))
 }

@@ -1,6 +1,6 @@
 //! What a fuser is, apart from its weights: `fuser.json`.
 
-use super::{FuserError, contract::CacheShape};
+use super::{FuserError, contract::Party};
 use crate::{align::LayerMapping, backend::DType};
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
@@ -28,8 +28,8 @@ pub struct FuserConfig {
     pub mapping: Mapping,
     /// Which sharer layer each receiver layer reads, and with which projector.
     pub routes: Vec<Route>,
-    pub receiver: CacheShape,
-    pub sharer: CacheShape,
+    pub receiver: Party,
+    pub sharer: Party,
     #[serde(default)]
     pub training: Training,
 }
@@ -159,8 +159,8 @@ impl FuserConfig {
         intermediate: usize,
         mapping: Mapping,
         sources: &[usize],
-        receiver: CacheShape,
-        sharer: CacheShape,
+        receiver: Party,
+        sharer: Party,
     ) -> FuserConfig {
         let route = |(receiver, &sharer)| Route { receiver, sharer, projector: receiver };
         FuserConfig {
@@ -268,7 +268,7 @@ mod tests {
     use super::*;
 
     fn config() -> FuserConfig {
-        let shape = |layers| CacheShape::new(layers, 2, 8);
+        let shape = |layers| Party::new(layers, 2, 8);
         FuserConfig::new(Kind::C2c, 16, 24, Mapping::LastAligned, &[0, 0, 1], shape(3), shape(2))
     }
 

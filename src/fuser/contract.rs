@@ -4,12 +4,13 @@ use super::config::FuserConfig;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 use std::fmt;
 
-/// What a fuser has to know of a model: the shape of its cache, and what its numbers mean.
+/// One party of the contract, a receiver or a sharer as the fuser knows it: the shape of its cache, and what the
+/// numbers in it mean.
 ///
 /// `None` stands for "not recorded" (the published checkpoints record little); such items are not compared.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct CacheShape {
+pub struct Party {
     /// For the reader.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -31,9 +32,9 @@ pub struct CacheShape {
     pub norm: Option<String>,
 }
 
-impl CacheShape {
-    pub fn new(layers: usize, kv_heads: usize, head_dim: usize) -> CacheShape {
-        CacheShape {
+impl Party {
+    pub fn new(layers: usize, kv_heads: usize, head_dim: usize) -> Party {
+        Party {
             name: None,
             layers: Some(layers),
             kv_heads,
@@ -121,7 +122,7 @@ impl fmt::Display for ContractError {
 }
 
 /// Compares what `fuser` was made for with the models at hand, item by item.
-pub fn check_contract(fuser: &FuserConfig, receiver: &CacheShape, sharer: &CacheShape) -> Vec<ContractItem> {
+pub fn check_contract(fuser: &FuserConfig, receiver: &Party, sharer: &Party) -> Vec<ContractItem> {
     let mut items = Vec::new();
     for (side, expected, found) in
         [("receiver", &fuser.receiver, receiver), ("sharer", &fuser.sharer, sharer)]
@@ -160,11 +161,7 @@ pub fn check_contract(fuser: &FuserConfig, receiver: &CacheShape, sharer: &Cache
 }
 
 /// [`check_contract`] as an error.
-pub fn require_contract(
-    fuser: &FuserConfig,
-    receiver: &CacheShape,
-    sharer: &CacheShape,
-) -> Result<(), ContractError> {
+pub fn require_contract(fuser: &FuserConfig, receiver: &Party, sharer: &Party) -> Result<(), ContractError> {
     let items: Vec<_> = check_contract(fuser, receiver, sharer).into_iter().filter(|item| !item.ok).collect();
     if items.is_empty() { Ok(()) } else { Err(ContractError { items }) }
 }
@@ -175,13 +172,13 @@ mod tests {
 
     #[test]
     fn each_difference_is_named() {
-        let full = |layers| CacheShape {
+        let full = |layers| Party {
             name: None,
             config: Some(Digest([1; 32])),
             tokenizer: Some(Digest([2; 32])),
             rope: Some("base 10000".into()),
             norm: Some("none".into()),
-            ..CacheShape::new(layers, 2, 8)
+            ..Party::new(layers, 2, 8)
         };
         let (receiver, sharer) = (full(3), full(2));
         let config = FuserConfig::new(
@@ -194,7 +191,7 @@ mod tests {
             sharer.clone(),
         );
         require_contract(&config, &receiver, &sharer).unwrap();
-        type Change = fn(&mut CacheShape);
+        type Change = fn(&mut Party);
         let changes: [(&str, Change); 7] = [
             ("layers", |m| m.layers = Some(9)),
             ("kv_heads", |m| m.kv_heads = 9),
@@ -219,9 +216,9 @@ mod tests {
 
     #[test]
     fn what_was_not_recorded_is_not_compared() {
-        let bare = CacheShape { layers: None, ..CacheShape::new(0, 2, 8) };
+        let bare = Party { layers: None, ..Party::new(0, 2, 8) };
         let config = FuserConfig::new(Kind::C2c, 8, 8, Mapping::Custom, &[0], bare.clone(), bare);
-        let model = CacheShape { rope: Some("base 10000".into()), ..CacheShape::new(1, 2, 8) };
+        let model = Party { rope: Some("base 10000".into()), ..Party::new(1, 2, 8) };
         require_contract(&config, &model, &model).unwrap();
     }
 }

@@ -1,13 +1,15 @@
 //! What can be wrong with a fuser.
 
 use super::{contract::ContractError, pickle::PickleError};
-use crate::{backend, ops::ShapeError};
+use crate::{backend, durable::WriteError, ops::ShapeError};
 use std::path::{Path, PathBuf};
 
 #[derive(Debug, thiserror::Error)]
 pub enum FuserError {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Write(#[from] WriteError),
     #[error(
         "{}: no fuser here: expected fuser.safetensors (this program's format) or projector_config.json, possibly \
          under final/ (the published layout)", .0.display()

@@ -17,7 +17,7 @@ mod published;
 mod state;
 
 pub use config::{FuserConfig, Kind, Mapping, Route, Training};
-pub use contract::{CacheShape, ContractError, ContractItem, Digest, check_contract, require_contract};
+pub use contract::{ContractError, ContractItem, Digest, Party, check_contract, require_contract};
 pub use error::FuserError;
 pub use fusion_mode::FusionMode;
 pub use gates::{GateOverride, Gates, LayerGates};

@@ -7,12 +7,15 @@ use super::{
     Fuser, FuserError, LayerProjector, Mapping,
     checkpoint::{outgoing, prefix, refuse_extra, write_text},
     config::{FuserConfig, Kind, Route, Training, VERSION},
-    contract::CacheShape,
+    contract::Party,
     parameters,
     pickle::read_state_dict,
-    state::{StateDict, read_safetensors, read_text, write_safetensors},
+    state::{StateDict, read_safetensors, read_text},
 };
-use crate::backend::{Backend, DType, Queue, cpu::map_file};
+use crate::{
+    backend::{Backend, DType, Queue, cpu::map_file},
+    durable::write_safetensors,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{
@@ -203,11 +206,8 @@ pub(super) fn load(folder: &Path, backend: &Arc<dyn Backend>) -> Result<Fuser, F
     let args = first.init_args;
     let defaults = Training::default();
     let (receiver, sharer, mapping) = read_run(folder)?;
-    let shape = |name, layers, kv_heads, head_dim| CacheShape {
-        name,
-        layers,
-        ..CacheShape::new(0, kv_heads, head_dim)
-    };
+    let shape =
+        |name, layers, kv_heads, head_dim| Party { name, layers, ..Party::new(0, kv_heads, head_dim) };
     let layers = routes.iter().map(|route| route.receiver.saturating_add(1)).max();
     let mut config = FuserConfig {
         version: VERSION,

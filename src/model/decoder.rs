@@ -201,7 +201,13 @@ impl Decoder {
         self.join(queue, batch.pass, &a.attention, &weights.attn_out, weights.post_attn_norm.as_ref(), a)
     }
 
-    fn feed_forward(&self, queue: &Queue, pass: Pass, weights: &LayerWeights, a: &Activations) -> Result<(), Error> {
+    fn feed_forward(
+        &self,
+        queue: &Queue,
+        pass: Pass,
+        weights: &LayerWeights,
+        a: &Activations,
+    ) -> Result<(), Error> {
         self.norm(queue, &a.residual, &weights.ffn_norm, NormOutput::Assign, &a.normed)?;
         ops::linear(queue, pass, &a.normed, &weights.gate_up, self.precision, false, &a.gate_up)?;
         ops::glu(queue, &a.gate_up, self.config.activation, &a.activated)?;
@@ -232,7 +238,13 @@ impl Decoder {
     ///
     /// # Panics
     /// If a row is past the activations' capacity.
-    pub fn logits(&self, queue: &Queue, pass: Pass, activations: &Activations, rows: &[u32]) -> Result<Vec<f32>, Error> {
+    pub fn logits(
+        &self,
+        queue: &Queue,
+        pass: Pass,
+        activations: &Activations,
+        rows: &[u32],
+    ) -> Result<Vec<f32>, Error> {
         let backend = queue.backend();
         let n = rows.len();
         assert!(rows.iter().all(|&row| (row as usize) < activations.capacity), "row past the pass");

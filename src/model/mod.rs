@@ -60,7 +60,9 @@ pub enum Error {
     TensorType { path: PathBuf, name: String, found: String },
     #[error("nothing to run: the batch has no tokens")]
     EmptyBatch,
-    #[error("sequences with one new token and with more in one batch: decode and prefill are passes of their own")]
+    #[error(
+        "sequences with one new token and with more in one batch: decode and prefill are passes of their own"
+    )]
     MixedBatch,
     #[error("token id {id} is not in the model's vocabulary of {vocab}")]
     TokenOutOfRange { id: u32, vocab: usize },

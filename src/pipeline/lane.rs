@@ -4,8 +4,8 @@ use super::Error;
 use crate::{
     backend::{Event, Queue},
     cache::{BlockTable, KvColumns, PagedKv},
-    ops::Pass,
     model::{Activations, Batch, Decoder, Goal, SequenceStep},
+    ops::Pass,
 };
 use std::sync::Arc;
 

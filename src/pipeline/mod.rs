@@ -19,7 +19,7 @@ pub use session::{
 };
 pub use t2t::T2tPrompts;
 
-use crate::{align, backend, cache, engine, fuser, model, ops, tokenizer};
+use crate::{align, backend, cache, durable, engine, fuser, model, ops, tokenizer};
 
 /// What can go wrong on the road.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +44,8 @@ pub enum Error {
     Sampling(#[from] engine::SamplingError),
     #[error("the prompt is empty: nothing to continue")]
     EmptyPrompt,
+    #[error("{model}: {tokens} tokens are more than its context of {limit}: shorten the prompt")]
+    ContextExceeded { model: String, tokens: usize, limit: usize },
     #[error("sections cover {sections} tokens, the prompt has {tokens}")]
     SectionLength { sections: usize, tokens: usize },
     #[error("section {section} selects sharers {mask:#b}, but there are only {sharers}")]
@@ -62,6 +64,13 @@ pub enum Error {
     NoTokenizer { model: String },
     #[error("text-to-text needs a conversation with a user message: it is not there with --raw")]
     T2tNeedsChat,
+    #[error(
+        "mode {0:?} cannot replay token ids, it starts from text; --mode c2c and --mode receiver can (a sharer alone: \
+         --mode receiver --receiver SHARER)"
+    )]
+    ReplayMode(Mode),
+    #[error(transparent)]
+    Write(#[from] durable::WriteError),
     #[error("{path}: {reason}")]
     Replay { path: String, reason: String },
 }

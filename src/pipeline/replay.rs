@@ -4,10 +4,17 @@
 //! Names and shapes are those of `docs/replay.md`. Rows of a batch run one after the other; masked tokens are left
 //! out (nothing attends to them) and stay zero in the dump.
 
-use super::{Error, Link, Prompt, Session, SharerPrompt, Stream, WantedLogits, generate, session::capped};
-use crate::{align::Section, cache::KvColumns, engine::SamplingParams};
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use std::{collections::BTreeMap, fs::File, io::Write, path::Path};
+use super::{
+    Error, Link, Mode, Prompt, Session, SharerPrompt, Stream, WantedLogits, generate, session::capped,
+};
+use crate::{
+    align::Section,
+    cache::KvColumns,
+    durable::{OutgoingTensor, write_safetensors},
+    engine::SamplingParams,
+};
+use safetensors::{Dtype, SafeTensors};
+use std::{collections::BTreeMap, path::Path};
 
 /// Token ids, masks, positions and sections of a batch.
 #[derive(Clone, Debug)]
@@ -165,6 +172,7 @@ impl ReplayInput {
         Ok((kept.iter().map(id).collect::<Result<_, _>>()?, kept.iter().map(position).collect()))
     }
 
+    /// Without sharers nothing is fused, whatever the sections say.
     fn prompt(&self, path: &Path, row: usize, sharers: usize) -> Result<Row, Error> {
         let kept = self.kept(0, row, self.width);
         let (ids, positions) = self.read_row(path, 0, row, &kept)?;
@@ -172,7 +180,8 @@ impl ReplayInput {
         let sections = self.sections.iter().map(|section| {
             let range = start..start + section.len;
             start = range.end;
-            Section { len: kept.iter().filter(|&column| range.contains(column)).count(), ..*section }
+            let len = kept.iter().filter(|&column| range.contains(column)).count();
+            Section { len, sharer_mask: if sharers == 0 { 0 } else { section.sharer_mask } }
         });
         let mut prompt = Prompt { ids, positions, sections: sections.collect(), sharers: Vec::new() };
         let mut read = Vec::new();
@@ -201,8 +210,12 @@ struct Row {
     read: Vec<Vec<usize>>,
 }
 
-/// Replays `input`; `params.max_new_tokens` = 0 leaves out generation.
+/// Replays the file `path` in mode c2c or receiver (then nothing is fused, whatever its sections say);
+/// `params.max_new_tokens` = 0 leaves out generation.
 pub fn replay(session: &Session, path: &Path, params: &SamplingParams) -> Result<Dump, Error> {
+    if !matches!(session.mode(), Mode::C2c | Mode::Receiver) {
+        return Err(Error::ReplayMode(session.mode()));
+    }
     let input = ReplayInput::read(path)?;
     let mut dump = Dump::default();
     let (rows, width) = (input.rows, input.width);
@@ -395,33 +408,19 @@ impl Dump {
 
     /// Writes a safetensors file: all of it or, on failure, nothing (the old file stays).
     pub fn write(&self, path: &Path) -> Result<(), Error> {
-        let floats: Vec<(&String, Vec<u8>, &Vec<usize>)> = self
-            .floats
-            .iter()
-            .map(|(name, (shape, data))| (name, bytemuck::cast_slice(data).to_vec(), shape))
-            .collect();
-        let integers: Vec<(&String, Vec<u8>, &Vec<usize>)> = self
-            .integers
-            .iter()
-            .map(|(name, (shape, data))| (name, bytemuck::cast_slice(data).to_vec(), shape))
-            .collect();
-        let mut views = Vec::new();
-        for (list, dtype) in [(&floats, Dtype::F32), (&integers, Dtype::I64)] {
-            for (name, bytes, shape) in list {
-                let view = TensorView::new(dtype, (*shape).clone(), bytes)
-                    .map_err(|e| malformed(path, e.to_string()))?;
-                views.push((name.as_str(), view));
-            }
-        }
-        let bytes =
-            safetensors::serialize(views, None).map_err(|error| malformed(path, error.to_string()))?;
-        let temporary = path.with_extension("partial");
-        let write = || -> std::io::Result<()> {
-            let mut file = File::create(&temporary)?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, path)
-        };
-        write().map_err(|error| malformed(path, format!("cannot be written: {error}")))
+        let floats = self.floats.iter().map(|(name, (shape, data))| outgoing(name, Dtype::F32, shape, data));
+        let integers =
+            self.integers.iter().map(|(name, (shape, data))| outgoing(name, Dtype::I64, shape, data));
+        write_safetensors(path, &[], &floats.chain(integers).collect::<Vec<_>>())
     }
+}
+
+fn outgoing<'a, T: bytemuck::NoUninit>(
+    name: &str,
+    dtype: Dtype,
+    shape: &[usize],
+    data: &'a [T],
+) -> OutgoingTensor<'a, Error> {
+    let bytes = || Ok(bytemuck::cast_slice(data).to_vec());
+    OutgoingTensor { name: name.into(), dtype, shape: shape.to_vec(), bytes: Box::new(bytes) }
 }

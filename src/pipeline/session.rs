@@ -95,7 +95,7 @@ impl FuserChoice {
         mapping: LayerMapping,
         backend: &Arc<dyn Backend>,
     ) -> Result<Fuser, Error> {
-        let (ours, theirs) = (receiver.shape(), sharer.shape());
+        let (ours, theirs) = (receiver.party(), sharer.party());
         let fuser = match self {
             FuserChoice::Load(path) => Fuser::load(path, backend)?,
             FuserChoice::Init { seed } => {
@@ -163,15 +163,18 @@ impl Model {
     }
 
     /// What a fuser made for this model expects.
-    pub fn shape(&self) -> fuser::CacheShape {
+    pub fn party(&self) -> fuser::Party {
         let config = &self.decoder.config;
-        fuser::CacheShape {
+        fuser::Party {
             name: self.path.file_stem().map(|name| name.to_string_lossy().into_owned()),
             config: Some(fuser::Digest(config.fingerprint())),
-            tokenizer: self.tokenizer.as_ref().map(|tokenizer| fuser::Digest(tokenizer.fingerprint())),
+            tokenizer: self
+                .tokenizer
+                .as_ref()
+                .map(|tokenizer| fuser::Digest(tokenizer.fingerprint(config.vocab))),
             rope: Some(config.rope_in_words()),
             norm: Some(if config.qk_norm { "rms" } else { "none" }.into()),
-            ..fuser::CacheShape::new(config.layers, config.kv_heads, config.head_dim)
+            ..fuser::Party::new(config.layers, config.kv_heads, config.head_dim)
         }
     }
 
@@ -306,6 +309,10 @@ impl Session {
         Ok(Session { backend, receiver, sharers, fusers, gates, options, load: start.elapsed() })
     }
 
+    pub fn mode(&self) -> Mode {
+        self.options.mode
+    }
+
     pub(super) fn receiver(&self) -> Result<&Model, Error> {
         self.receiver.as_ref().ok_or(Error::MissingModel { mode: self.options.mode, what: "--receiver" })
     }
@@ -314,7 +321,8 @@ impl Session {
     pub fn lane(&self, model: &Model, tokens: usize) -> Result<Lane, Error> {
         let config = &model.decoder.config;
         if tokens > config.context_length {
-            return Err(model::Error::ContextExceeded { tokens, limit: config.context_length }.into());
+            let (model, limit) = (model.path.display().to_string(), config.context_length);
+            return Err(Error::ContextExceeded { model, tokens, limit });
         }
         let blocks = tokens.div_ceil(BLOCK_SIZE).max(1);
         let kv = config.paged_kv(&self.backend, blocks, BLOCK_SIZE, self.options.dtype.kv())?;

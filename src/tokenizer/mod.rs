@@ -38,7 +38,8 @@ struct Shared {
     spelling: Spelling,
     /// The file or folder this came from, for errors.
     origin: String,
-    fingerprint: OnceLock<[u8; 32]>,
+    /// SHA-256 of the merges; unused with a SentencePiece vocabulary.
+    merges: OnceLock<[u8; 32]>,
 }
 
 /// Token ids and, for each, the byte range of the text it stands for. Ranges lie on character boundaries; tokens
@@ -72,10 +73,10 @@ impl Tokenizer {
         inner: tokenizers::Tokenizer,
         specials: Specials,
         origin: String,
-        fingerprint: OnceLock<[u8; 32]>,
+        merges: OnceLock<[u8; 32]>,
     ) -> Self {
         let spelling = Spelling::of(&inner);
-        let shared = Shared { inner, specials, spelling, origin, fingerprint };
+        let shared = Shared { inner, specials, spelling, origin, merges };
         Self { shared: Arc::new(shared), template: None }
     }
 
@@ -128,11 +129,14 @@ impl Tokenizer {
         &self.shared.specials.declared
     }
 
-    /// SHA-256 over vocabulary, merges and added tokens: equal for equal tokenizers. Byte-level BPE has the same one
-    /// from tokenizer.json and from GGUF; SentencePiece may not, since GGUF holds scores instead of merges.
-    /// Tokenizers read from JSON compute it at the first call.
-    pub fn fingerprint(&self) -> [u8; 32] {
-        *self.shared.fingerprint.get_or_init(|| fingerprint::of(&self.shared.inner))
+    /// SHA-256 over vocabulary, merges and added tokens: equal for equal tokenizers, from tokenizer.json or GGUF.
+    /// Only tokens that a model with `rows` rows of embedding can read count: the tokenizer.json of a small model
+    /// may name tokens of its larger siblings. Takes up to some tenths of a second.
+    pub fn fingerprint(&self, rows: usize) -> [u8; 32] {
+        let Shared { inner, spelling, merges, .. } = &*self.shared;
+        let ranked = !matches!(spelling, Spelling::SentencePiece { .. });
+        let merges = ranked.then(|| *merges.get_or_init(|| fingerprint::of_its_merges(inner)));
+        fingerprint::of(inner, rows, merges)
     }
 
     pub fn chat_template(&self) -> Option<&ChatTemplate> {

@@ -1,4 +1,6 @@
-//! Where recorded results of other implementations lie, and how to read them.
+//! Where recorded results of other implementations, tokenizers and real models lie, and how to read them.
+//!
+//! All of them are outside the repository: whoever lacks them runs the other tests and sees what was skipped.
 
 // Each test binary uses its part.
 #![allow(dead_code)]
@@ -6,31 +8,90 @@
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::{
-    env, fs,
+    env,
+    fmt::Display,
+    fs,
+    io::Write,
     path::{Path, PathBuf},
 };
 
-fn folders() -> impl Iterator<Item = PathBuf> {
-    let shared = env::var_os("C2C_SHARED")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
-    env::var_os("C2C_GOLDENS").map(PathBuf::from).into_iter().chain([shared.join("goldens")])
+/// Says what a test leaves out. Straight to stderr: what a passing test prints by `eprintln!` is not shown.
+#[expect(clippy::explicit_write, reason = "cargo hides what eprintln! prints in a test that passes")]
+pub fn skipped(what: impl Display) {
+    writeln!(std::io::stderr(), "skipped: {what}").unwrap();
 }
 
-/// A file or folder of the goldens: in `C2C_GOLDENS`, where it is there, else in the shared folder.
-pub fn find(name: &str) -> Option<PathBuf> {
-    let found = folders().map(|folder| folder.join(name)).find(|path| path.exists());
+/// The folder that a variable of the environment names.
+fn given(variable: &str) -> Option<PathBuf> {
+    env::var_os(variable).map(PathBuf::from)
+}
+
+/// A file or folder of the shared folder, which `C2C_SHARED` names.
+pub fn shared(name: &str) -> Option<PathBuf> {
+    let shared =
+        given("C2C_SHARED").unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"));
+    let found = Some(shared.join(name)).filter(|path| path.exists());
     if found.is_none() {
-        eprintln!("skipped: there is no goldens/{name}; set C2C_SHARED or C2C_GOLDENS");
+        skipped(format_args!("there is no {name} in the shared folder; set C2C_SHARED"));
     }
     found
 }
 
+/// A file or folder of the goldens: in `C2C_GOLDENS`, where it is there, else in the shared folder.
+pub fn find(name: &str) -> Option<PathBuf> {
+    let own = given("C2C_GOLDENS").map(|folder| folder.join(name)).filter(|path| path.exists());
+    own.or_else(|| shared(&format!("goldens/{name}")))
+}
+
+/// A JSON file of the goldens.
+pub fn json(name: &str) -> Option<Value> {
+    let path = find(name)?;
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    Some(serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+}
+
+/// The folder of the tokenizer that the goldens call `name`, and whether it is the very one they were made with:
+/// those are in `C2C_TOKENIZERS`; of the shared folder's, two are relatives.
+pub fn tokenizer(name: &str) -> Option<(PathBuf, bool)> {
+    if let Some(folder) = given("C2C_TOKENIZERS").map(|folder| folder.join(name)).filter(|path| path.is_dir())
+    {
+        let inner = folder.join("models");
+        return Some((if inner.is_dir() { inner } else { folder }, true));
+    }
+    let (folder, exact) = match name {
+        "qwen2_5" => ("qwen2.5", false),
+        "llama3_2" => ("llama3", false),
+        name => (name, true),
+    };
+    Some((shared(&format!("tokenizers/{folder}"))?, exact))
+}
+
+/// A model of `C2C_MODELS`, a folder of GGUF files.
+pub fn model(name: &str) -> Option<PathBuf> {
+    let found = given("C2C_MODELS").map(|folder| folder.join(name)).filter(|path| path.is_file());
+    if found.is_none() {
+        skipped(format_args!("there is no {name}; set C2C_MODELS to a folder that has it"));
+    }
+    found
+}
+
+/// All GGUF files of `C2C_MODELS`.
+pub fn models() -> Vec<PathBuf> {
+    let entries = given("C2C_MODELS").and_then(|folder| fs::read_dir(folder).ok()).into_iter().flatten();
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "gguf"));
+    paths.sort();
+    if paths.is_empty() {
+        skipped("there are no GGUF files; set C2C_MODELS to a folder that has some");
+    }
+    paths
+}
+
 /// The cases under `key` of the manifest; none (visibly) without goldens.
 pub fn cases(key: &str) -> Vec<Value> {
-    let Some(path) = find("manifest.json") else { return Vec::new() };
-    let manifest: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let Some(manifest) = json("manifest.json") else { return Vec::new() };
     let cases = manifest[key].as_array().cloned().unwrap_or_default();
-    assert!(!cases.is_empty(), "{}: no `{key}`", path.display());
+    assert!(!cases.is_empty(), "manifest.json: no `{key}`");
     cases
 }
 

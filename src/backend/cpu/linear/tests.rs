@@ -362,7 +362,17 @@ fn expansion_agrees_with_the_blocks() {
 #[test]
 fn no_rows_and_no_tokens_are_fine() {
     let empty = Weight::new(tensor(DType::F32, 0, 8));
-    matmul(&mut Team::new(2), Simd::detect(), Pass::Decode, Precision::Fast, false, 1, &[0.0; 8], &empty, &mut []);
+    matmul(
+        &mut Team::new(2),
+        Simd::detect(),
+        Pass::Decode,
+        Precision::Fast,
+        false,
+        1,
+        &[0.0; 8],
+        &empty,
+        &mut [],
+    );
     let weight = Weight::new(tensor(DType::F32, 4, 8));
     matmul(&mut Team::new(2), Simd::detect(), Pass::Decode, Precision::Fast, false, 0, &[], &weight, &mut []);
     let Storage::Cpu(memory) = weight.parts[0].matrix.storage();
