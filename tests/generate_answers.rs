@@ -25,13 +25,16 @@ fn each_mode_answers() {
     assert_eq!(said(&closed), said(&receiver), "closed gates change nothing");
     assert_ne!(said(&open), said(&receiver), "open gates change something");
     assert_ne!(receiver["tokens"], sharer["tokens"]);
+    let kv_bytes = |answer: &Value| answer["kv_bytes"].as_u64().expect("a number");
+    assert!(kv_bytes(&receiver) > 0 && kv_bytes(&sharer) > 0);
+    assert!(kv_bytes(&closed) > kv_bytes(&receiver), "both models keep a cache");
     assert_ne!(said(&open), said(&json_of(&C2C_OPEN.replace("init:3", "init:4"), &[])), "another fuser");
     assert_eq!(
-        (&closed["kv_bytes"], &closed["fused_tokens"]),
+        (&closed["fused_kv_bytes"], &closed["fused_tokens"]),
         (&json!(0), &json!(0)),
         "closed gates cost nothing"
     );
-    assert!(open["kv_bytes"].as_u64() > Some(0) && open["fused_tokens"].as_u64() > Some(0));
+    assert!(open["fused_kv_bytes"].as_u64() > Some(0) && open["fused_tokens"].as_u64() > Some(0));
 
     let t2t = json_of("--mode t2t --receiver {r} --sharer {s}", &[]);
     assert!(t2t["background"].is_string());

@@ -51,9 +51,9 @@ fn closed_gates_change_nothing_and_open_ones_do() {
     let Some(alone) = ask(Mode::Receiver, "learned", ComputeType::F32, Overlap::Layers) else { return };
     let closed = ask(Mode::C2c, "learned", ComputeType::F32, Overlap::Layers).unwrap();
     assert_eq!(closed.text, alone.text);
-    assert_eq!((closed.kv_bytes, closed.timings_ms.fuse), (0, 0.0), "closed gates cost nothing");
+    assert_eq!((closed.fused_kv_bytes, closed.timings_ms.fuse), (0, 0.0), "closed gates cost nothing");
     let open = ask(Mode::C2c, "open", ComputeType::F32, Overlap::Layers).unwrap();
-    assert!(open.kv_bytes > 0 && open.fused_tokens > 5);
+    assert!(open.fused_kv_bytes > 0 && open.fused_tokens > 5);
     assert_ne!(open.logprobs, closed.logprobs, "an open gate leaves a trace");
 }
 

@@ -55,8 +55,8 @@ pub struct PrefillReport {
     pub fuse: Duration,
     /// Time from the end of both prefills to the end of the fuse: what the overlap did not hide.
     pub fuse_exposed: Duration,
-    /// Bytes of sharer cache read by the fuser.
-    pub kv_bytes: u64,
+    /// Bytes of sharer cache read by the fuser: what goes from model to model.
+    pub fused_kv_bytes: u64,
     /// Receiver tokens that took a sharer column, over all sharers.
     pub fused_tokens: usize,
 }
@@ -114,6 +114,11 @@ impl Link {
             scratch: None,
             fused: Prompt::default(),
         }
+    }
+
+    /// Memory of all caches.
+    pub fn kv_bytes(&self) -> usize {
+        self.sharers.iter().chain([&self.receiver]).map(|lane| lane.kv.bytes()).sum()
     }
 
     fn validate(&self, prompt: &Prompt) -> Result<(), Error> {
@@ -347,7 +352,7 @@ impl Link {
                     self.queue.wait(event);
                 }
                 let source = &self.sharers[sharer].kv.layers()[source_layer];
-                report.kv_bytes +=
+                report.fused_kv_bytes +=
                     (2 * pair.tokens * source.width() * source.keys.dtype().block_bytes()) as u64;
                 for part in &pair.parts {
                     let target_slots = match &plain {

@@ -233,8 +233,10 @@ pub struct Answer {
     pub tokens_per_s: TokensPerSecond,
     /// For each sharer, for each receiver layer: factors of keys and values, 0 = closed, 1 = open.
     pub gates: Vec<Gates>,
-    /// Bytes of sharer cache that the fuser read.
+    /// Memory of the caches of all models that took part; of the larger stage in text-to-text mode.
     pub kv_bytes: u64,
+    /// Bytes of sharer cache that the fuser read: what went from model to model.
+    pub fused_kv_bytes: u64,
     /// The sharer's text, in text-to-text mode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub background: Option<String>,
@@ -394,6 +396,7 @@ impl Session {
         Ok(Alone {
             generation,
             prompt_tokens: ids.len(),
+            kv_bytes: lane.kv.bytes() as u64,
             tokenize,
             prefill,
             first_token,
@@ -410,6 +413,7 @@ impl Session {
     ) -> Result<Answer, Error> {
         let run = self.run_alone(model, question, params, on_text)?;
         let mut answer = self.blank(run.generation);
+        answer.kv_bytes = run.kv_bytes;
         answer.timings_ms.tokenize = ms(run.tokenize);
         answer.timings_ms.first_token = ms(run.first_token);
         answer.timings_ms.total = ms(run.total);
@@ -440,6 +444,7 @@ impl Session {
         conversation.extend(prompts.answer(text, &background, text));
         let stage2 = self.run_alone(self.receiver()?, &chat(conversation), params, on_text)?;
         let mut answer = self.blank(stage2.generation);
+        answer.kv_bytes = stage1.kv_bytes.max(stage2.kv_bytes);
         answer.background = Some(background);
         answer.prompt_tokens = stage2.prompt_tokens;
         answer.sharer_prompt_tokens = vec![stage1.prompt_tokens];
@@ -492,6 +497,7 @@ impl Session {
             Stream { detokenizer: Some(receiver.tokenizer()?.detokenizer()), on_text, keep_scores: false };
         let generation = generate(&mut link.receiver, logits, &params, stream)?;
         let mut answer = self.blank(generation);
+        answer.kv_bytes = link.kv_bytes() as u64;
         answer.prompt_tokens = prompt.ids.len();
         answer.sharer_prompt_tokens = sharer_tokens;
         answer.timings_ms.align = ms(align);
@@ -517,6 +523,7 @@ impl Session {
             tokens_per_s: TokensPerSecond::default(),
             gates: self.gates.clone(),
             kv_bytes: 0,
+            fused_kv_bytes: 0,
             background: None,
             logprobs: generation.logprobs,
             peak_rss_bytes: peak_rss_bytes(),
@@ -531,6 +538,7 @@ impl Session {
 struct Alone {
     generation: Generation,
     prompt_tokens: usize,
+    kv_bytes: u64,
     tokenize: Duration,
     prefill: Duration,
     first_token: Duration,
@@ -543,7 +551,7 @@ impl Answer {
         self.timings_ms.receiver_prefill = ms(report.receiver);
         self.timings_ms.fuse = ms(report.fuse);
         self.timings_ms.fuse_exposed = ms(report.fuse_exposed);
-        self.kv_bytes = report.kv_bytes;
+        self.fused_kv_bytes = report.fused_kv_bytes;
         self.fused_tokens = report.fused_tokens;
     }
 
