@@ -3,7 +3,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-step() { printf '\n== %s\n' "$*"; "$@"; }
+# A step says how long it took, and the last line how long all of them.
+step() {
+    local start=$SECONDS
+    printf '\n== %s\n' "$*"
+    "$@"
+    printf -- '-- %s s: %s\n' $((SECONDS - start)) "$*"
+}
 
 step cargo fmt --all --check
 step cargo clippy --all-targets -- -D warnings
@@ -12,3 +18,4 @@ RUST_BACKTRACE=0 step cargo test
 # Every bench once, on tiny shapes: each checks its result before it times anything.
 RUST_BACKTRACE=0 step cargo test --benches
 step scripts/readme.sh
+printf '\n== all passed in %s min %s s\n' $((SECONDS / 60)) $((SECONDS % 60))

@@ -186,15 +186,6 @@ fn run(
     out.gather(&queue)
 }
 
-fn worst(ours: &[f32], theirs: &[f32]) -> f32 {
-    assert_eq!(ours.len(), theirs.len());
-    // `max` drops NaN, which must count as infinitely wrong.
-    ours.iter()
-        .zip(theirs)
-        .map(|(a, b)| (a - b).abs())
-        .fold(0.0, |a, b| if b.is_nan() { f32::INFINITY } else { a.max(b) })
-}
-
 /// (gates, name of the output before `key`) of every evaluation in a golden.
 fn evaluations(golden: &BTreeMap<String, Array>, fuser: &Fuser) -> Vec<([f32; 2], String)> {
     let hard = |text: &str| if text.parse::<f32>().unwrap() > 0.0 { 1.0 } else { 0.0 };
@@ -244,7 +235,7 @@ fn projectors_agree_with_the_reference() {
             for in_place in [false, true] {
                 let ours = run(&golden, &fuser, gates, in_place, (DType::F32, Precision::F32), &backend);
                 for (ours, half) in ours.iter().zip(["key", "value"]) {
-                    let worst = worst(ours, &golden[&format!("{name}{half}")].data);
+                    let worst = goldens::difference(ours, &golden[&format!("{name}{half}")].data);
                     assert!(worst < 2e-5, "{file} {name}{half}: off by {worst}");
                 }
                 cases += 1;
@@ -264,8 +255,8 @@ fn a_bf16_projector_is_as_good_as_the_reference() {
     let exact = run(&golden, &fuser, gates, false, (DType::F32, Precision::F32), &backend);
     let fast = run(&golden, &fuser, gates, false, (DType::F32, Precision::Fast), &backend);
     for (half, name) in [(0, "out_key"), (1, "out_value")] {
-        let theirs = worst(&golden[name].data, &exact[half]);
-        let ours = worst(&fast[half], &exact[half]);
+        let theirs = goldens::difference(&golden[name].data, &exact[half]);
+        let ours = goldens::difference(&fast[half], &exact[half]);
         assert!(ours <= 2.0 * theirs, "{name}: off by {ours}, the reference by {theirs}");
     }
 }

@@ -3,44 +3,19 @@
 mod goldens;
 
 use c2c::engine::{Rules, Sampler, SamplingParams, TokenCounts};
-use safetensors::{Dtype, SafeTensors};
-use std::{collections::HashMap, fs};
+use goldens::{Tensors, difference};
 
-fn golden(name: &str) -> Option<Vec<u8>> {
-    Some(fs::read(goldens::find(name)?).unwrap())
-}
-
-fn metadata(file: &[u8]) -> HashMap<String, String> {
-    SafeTensors::read_metadata(file).unwrap().1.metadata().clone().unwrap_or_default()
-}
-
-/// Rows of the innermost dimension.
-fn floats(file: &SafeTensors, name: &str) -> Vec<Vec<f32>> {
-    let tensor = file.tensor(name).unwrap();
-    assert_eq!(tensor.dtype(), Dtype::F32, "{name}");
-    let values: Vec<f32> =
-        tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-    values.chunks(*tensor.shape().last().unwrap()).map(<[f32]>::to_vec).collect()
-}
-
-fn ids(file: &SafeTensors, name: &str) -> Vec<u32> {
-    let tensor = file.tensor(name).unwrap();
-    assert_eq!(tensor.dtype(), Dtype::I64, "{name}");
-    tensor.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect()
-}
-
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+fn ids(file: &Tensors, name: &str) -> Vec<u32> {
+    file.integers(name).into_iter().map(|id| u32::try_from(id).unwrap()).collect()
 }
 
 #[test]
 fn probabilities_of_the_published_sampler() {
-    let Some(bytes) = golden("sampling.safetensors") else { return };
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let logits = floats(&file, "logits");
+    let Some(path) = goldens::find("sampling.safetensors") else { return };
+    let file = Tensors::read(&path);
+    let logits = file.rows("logits");
     let mut settings = 0;
-    for (name, setting) in metadata(&bytes).iter().filter(|(name, _)| name.as_str() != "note") {
+    for (name, setting) in file.metadata().iter().filter(|(name, _)| name.as_str() != "note") {
         let setting: serde_json::Value = serde_json::from_str(setting).unwrap();
         let number =
             |key: &str, default: f64| setting.get(key).map_or(default, |v| v.as_f64().unwrap()) as f32;
@@ -53,7 +28,7 @@ fn probabilities_of_the_published_sampler() {
         };
         let mut sampler = Sampler::new(params.clone(), &[]).unwrap();
         let expected = format!("{name}.probs_given_to_multinomial");
-        let expected = file.names().contains(&expected.as_str()).then(|| floats(&file, &expected));
+        let expected = file.has(&expected).then(|| file.rows(&expected));
         let drawn = ids(&file, &format!("{name}.token_if_argmax_drawn"));
         for (row, logits) in logits.iter().enumerate() {
             let mut found = sampler.probabilities(logits).unwrap();
@@ -65,7 +40,7 @@ fn probabilities_of_the_published_sampler() {
                         // Such rows were recorded in the order of the published program's sort.
                         found.sort_by(|a, b| b.total_cmp(a));
                     }
-                    let difference = largest_difference(&found, &expected[row]);
+                    let difference = difference(&found, &expected[row]);
                     assert!(difference < 1e-6, "{name}, row {row}: {difference}");
                 }
                 None => {
@@ -82,22 +57,24 @@ fn probabilities_of_the_published_sampler() {
 
 #[test]
 fn penalties_of_the_published_program() {
-    let Some(manifest) = golden("manifest.json") else { return };
-    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    let cases = goldens::cases("pairs");
+    if cases.is_empty() {
+        return;
+    }
     let mut steps = 0;
-    for case in manifest["pairs"].as_array().unwrap() {
+    for case in cases {
         let Some(options) = case.get("options").and_then(|options| options.as_object()) else { continue };
         let name = case["file"].as_str().unwrap();
-        let Some(bytes) = golden(name) else { continue };
-        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let Some(path) = goldens::find(name) else { continue };
+        let file = Tensors::read(&path);
         for (option, penalties) in options {
             let raw = format!("penalty_{option}.raw");
-            if !file.names().contains(&raw.as_str()) {
+            if !file.has(&raw) {
                 goldens::skipped(format_args!("{name} has no {raw}"));
                 continue;
             }
-            let raw = floats(&file, &raw);
-            let adjusted = floats(&file, &format!("penalty_{option}.adjusted"));
+            let raw = file.rows(&raw);
+            let adjusted = file.rows(&format!("penalty_{option}.adjusted"));
             let sequence = ids(&file, &format!("penalty_{option}.sequences"));
             assert_eq!(raw.len(), adjusted.len());
             let (prompt, answer) = sequence.split_at(sequence.len() - raw.len());
@@ -107,7 +84,7 @@ fn penalties_of_the_published_program() {
             for (step, &token) in answer.iter().enumerate() {
                 let mut found = raw[step].clone();
                 counts.penalise(&params, &mut found);
-                let difference = largest_difference(&found, &adjusted[step]);
+                let difference = difference(&found, &adjusted[step]);
                 assert!(difference < 1e-6, "{name} {option}, step {step}: {difference}");
                 assert_eq!(sampler.sample(&raw[step]).unwrap().token, token, "{name} {option}, step {step}");
                 counts.push(token);
