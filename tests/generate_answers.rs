@@ -58,6 +58,7 @@ fn json_has_the_documented_fields() {
         "tokens_per_s",
         "gates",
         "kv_bytes",
+        "fused_kv_bytes",
         "peak_rss_bytes",
         "device",
         "threads",
@@ -84,7 +85,7 @@ fn json_has_the_documented_fields() {
     assert_eq!(keys(&answer["tokens_per_s"]), ["decode", "receiver_prefill", "sharer_prefill"]);
     let positive = ["load", "receiver_prefill", "sharer_prefill", "first_token", "decode", "total"];
     assert!(positive.iter().all(|phase| answer["timings_ms"][phase].as_f64() > Some(0.0)), "{answer}");
-    assert_eq!(answer["gates"], json!([[[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]]));
+    assert_eq!(answer["gates"], json!([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]));
     assert_eq!(answer["device"], "cpu");
     assert_eq!(answer["threads"], 2);
     assert_eq!((&answer["dtype"], &answer["overlap"]), (&json!("bf16"), &json!("layers")));
@@ -207,7 +208,7 @@ fn parts_of_a_prompt_are_fused() {
     assert_ne!(said(&front), said(&all));
     assert_eq!(said(&fused("0")), said(&json_of("--mode receiver --receiver {r} --logprobs 2", &[])));
     let gates = json_of(&C2C_OPEN.replace("--gates open", "--gates 0-1,3k"), &[]);
-    assert_eq!(gates["gates"], json!([[[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]]));
+    assert_eq!(gates["gates"], json!([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]));
 }
 
 #[test]

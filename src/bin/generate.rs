@@ -168,7 +168,7 @@ struct Args {
     #[arg(long, value_enum, default_value = "layers", help_heading = "Machine")]
     overlap: OverlapArg,
 
-    /// Print one JSON object instead of text
+    /// Print one JSON object instead of text (see docs/answer.md)
     #[arg(long, help_heading = "Output")]
     json: bool,
     /// Write ids, logits, caches and sequences of --input

@@ -12,7 +12,7 @@ use crate::{
     model::{self, Decoder, Goal, Source},
     tokenizer::{Message, TemplateOptions, Tokenizer},
 };
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use std::{
     num::ParseIntError,
     path::{Path, PathBuf},
@@ -231,7 +231,9 @@ pub struct Answer {
     pub fused_tokens: usize,
     pub timings_ms: TimingsMs,
     pub tokens_per_s: TokensPerSecond,
-    /// For each sharer, for each receiver layer: factors of keys and values, 0 = closed, 1 = open.
+    /// For each sharer, for each receiver layer: factors of keys and values, 0 = closed, 1 = open. Written without the
+    /// outer list where there is one sharer.
+    #[serde(serialize_with = "one_or_all")]
     pub gates: Vec<Gates>,
     /// Memory of the caches of all models that took part; of the larger stage in text-to-text mode.
     pub kv_bytes: u64,
@@ -247,6 +249,13 @@ pub struct Answer {
     pub threads: usize,
     pub dtype: ComputeType,
     pub overlap: Overlap,
+}
+
+fn one_or_all<S: Serializer>(gates: &[Gates], serializer: S) -> Result<S::Ok, S::Error> {
+    match gates {
+        [one] => one.serialize(serializer),
+        all => all.serialize(serializer),
+    }
 }
 
 /// Models, fusers and settings; answers questions.
