@@ -215,7 +215,9 @@ mod x86 {
             fn max(self: Self, b: Self) -> Self { Avx512(_mm512_max_ps(b.0, self.0)) }
             fn mul_add(self: Self, b: Self, c: Self) -> Self { Avx512(_mm512_fmadd_ps(self.0, b.0, c.0)) }
             fn exp2(self: Self) -> Self {
-                let x = _mm512_max_ps(_mm512_set1_ps(-160.0), self.0);
+                let lowest = _mm512_set1_ps(-126.0);
+                let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, lowest);
+                let x = _mm512_max_ps(lowest, self.0);
                 let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
                 let r = _mm512_sub_ps(x, n);
                 let mut poly = _mm512_set1_ps(EXP2[0]);
@@ -225,7 +227,7 @@ mod x86 {
                 poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[4]));
                 poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[5]));
                 poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(1.0));
-                Avx512(_mm512_scalef_ps(poly, n))
+                Avx512(_mm512_maskz_scalef_ps(normal, poly, n))
             }
             fn keep_within(self: Self, at: Self, first: Self, last: Self) -> Self {
                 let from = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(at.0, first.0);
@@ -311,24 +313,31 @@ mod tests {
     use super::*;
     use crate::backend::cpu::Simd;
 
-    #[target_feature(enable = "avx2,fma")]
-    unsafe fn avx2(x: f32) -> (f32, f32) {
-        let (mut power, mut tangent) = ([0.0; 8], [0.0; 8]);
-        // SAFETY: the features are enabled here; both arrays hold a register.
+    /// The last lane of `2^x` and of `tanh(x)`.
+    #[inline(always)]
+    unsafe fn both<V: Vector>(x: f32) -> (f32, f32) {
+        let (mut power, mut tangent) = ([0.0; 16], [0.0; 16]);
+        // SAFETY: the caller's promise; both arrays hold a register of any width.
         unsafe {
-            Avx2::splat(x).exp2().store(power.as_mut_ptr());
-            tanh(Avx2::splat(x)).store(tangent.as_mut_ptr());
+            V::splat(x).exp2().store(power.as_mut_ptr());
+            tanh(V::splat(x)).store(tangent.as_mut_ptr());
         }
-        (power[3], tangent[3])
+        (power[V::LANES - 1], tangent[V::LANES - 1])
     }
 
-    #[test]
-    fn exp2_and_tanh_keep_their_digits() {
-        if Simd::detect() < Simd::Avx2 {
-            return eprintln!("skipped: AVX2, which this CPU lacks");
-        }
-        // SAFETY: just checked.
-        let both = |x: f32| unsafe { avx2(x) };
+    #[target_feature(enable = "avx2,fma")]
+    fn avx2(x: f32) -> (f32, f32) {
+        // SAFETY: the features are enabled here.
+        unsafe { both::<Avx2>(x) }
+    }
+
+    #[target_feature(enable = "avx2,fma,avx512f,avx512dq")]
+    fn avx512(x: f32) -> (f32, f32) {
+        // SAFETY: the features are enabled here.
+        unsafe { both::<Avx512>(x) }
+    }
+
+    fn keeps_its_digits(both: impl Fn(f32) -> (f32, f32)) {
         for i in 0..200_000 {
             let x = -125.9 * i as f32 / 200_000.0;
             let exact = f64::from(x).exp2();
@@ -339,8 +348,23 @@ mod tests {
             assert_eq!(both(-x).1, -both(x).1, "tanh is odd");
         }
         assert_eq!(both(0.0).0, 1.0);
-        assert_eq!(both(f32::NEG_INFINITY).0, 0.0);
-        assert_eq!(both(f32::MIN).0, 0.0);
+        for tiny in [-127.0, -149.0, f32::MIN, f32::NEG_INFINITY] {
+            assert_eq!(both(tiny).0, 0.0, "exp2({tiny})");
+        }
         assert!(both(f32::NAN).0.is_nan() && both(f32::NAN).1.is_nan());
+    }
+
+    #[test]
+    fn exp2_and_tanh_keep_their_digits() {
+        if Simd::detect() < Simd::Avx2 {
+            return eprintln!("skipped: AVX2, which this CPU lacks");
+        }
+        // SAFETY: just checked.
+        keeps_its_digits(|x| unsafe { avx2(x) });
+        if Simd::detect() < Simd::Avx512 {
+            return eprintln!("skipped: AVX-512, which this CPU lacks");
+        }
+        // SAFETY: just checked.
+        keeps_its_digits(|x| unsafe { avx512(x) });
     }
 }
