@@ -44,8 +44,8 @@ use std::{cell::RefCell, ops::Range};
 
 /// Tokens that are multiplied in one go; bounds the quantised copy of the input.
 const MAX_TOKENS: usize = 1024;
-/// Bytes of weights worth a task when rows are read in place.
-const TASK_BYTES: usize = 32 << 10;
+/// Least bytes of weights worth a task when rows are read in place.
+const TASK_BYTES: usize = 8 << 10;
 
 pub(super) fn linear(
     team: &mut Team,
@@ -151,8 +151,8 @@ fn parts(simd: Simd, pass: Pass, precision: Precision, weight: &Weight, threads:
             let even = stride / (16 * threads);
             if even >= 64 { 64 } else { 32 }
         } else {
-            let even = stride.div_ceil(8 * threads);
-            (TASK_BYTES / row_bytes.max(1)).clamp(1, even.max(4))
+            // Long tasks: the processor's own prefetching has to find its stride anew in each.
+            stride.div_ceil(8 * threads).max(TASK_BYTES / row_bytes.max(1)).max(1)
         };
         parts.push(Part {
             method,
