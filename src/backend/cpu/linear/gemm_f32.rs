@@ -18,26 +18,27 @@ pub(super) use with_count;
 /// `y[tokens, rows] += x · Wᵀ` in f32, from weights of any format.
 ///
 /// # Safety
-/// The processor has `simd`; `x` is `[≥ tokens.end, cols]`; nobody else has these rows and tokens of `output`.
+/// The processor has `simd`; `x` is `[≥ tokens.end, cols]`, its rows `x_stride` apart; nobody else has these rows and
+/// tokens of `output`.
 pub(super) unsafe fn gemm_f32(
     simd: Simd,
     rows: Rows,
     range: Range<usize>,
     tokens: Range<usize>,
-    x: &[f32],
+    (x, x_stride): (&[f32], usize),
     cols: usize,
     output: Output,
 ) {
-    assert!(x.len() >= tokens.end * cols);
+    assert!(x_stride >= cols && x.len() >= tokens.end * x_stride);
     if simd == Simd::Avx512 {
         let b = Blocking { lanes: 32, tile: 8, tokens: 120, slice: F32_SLICE };
         with_scratch(|scratch: &mut FloatScratch<32, { ROWS / 32 }>| {
             let pack = |s: &mut FloatScratch<32, _>, panel, at| s.pack_f32(panel, simd, rows, at);
             let tile = |s: &FloatScratch<32, _>, t: Tile| {
-                let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * cols + t.k..]);
+                let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * x_stride + t.k..]);
                 // SAFETY: the caller has AVX-512; the panel holds `n` columns, `x` `count` rows from here, `y` a tile.
                 unsafe {
-                    with_count!(t.count, [1 2 3 4 5 6 7 8], tile_avx512, (t.n, x.as_ptr(), cols, w, t.y, t.stride))
+                    with_count!(t.count, [1 2 3 4 5 6 7 8], tile_avx512, (t.n, x.as_ptr(), x_stride, w, t.y, t.stride))
                 }
             };
             // SAFETY: says the caller.
@@ -48,10 +49,10 @@ pub(super) unsafe fn gemm_f32(
         with_scratch(|scratch: &mut FloatScratch<16, { ROWS / 16 }>| {
             let pack = |s: &mut FloatScratch<16, _>, panel, at| s.pack_f32(panel, simd, rows, at);
             let tile = |s: &FloatScratch<16, _>, t: Tile| {
-                let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * cols + t.k..]);
+                let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * x_stride + t.k..]);
                 // SAFETY: as above, with AVX2.
                 unsafe {
-                    with_count!(t.count, [1 2 3 4 5 6], tile_avx2, (t.n, x.as_ptr(), cols, w, t.y, t.stride))
+                    with_count!(t.count, [1 2 3 4 5 6], tile_avx2, (t.n, x.as_ptr(), x_stride, w, t.y, t.stride))
                 }
             };
             // SAFETY: says the caller.
@@ -143,8 +144,8 @@ pub(super) unsafe fn add_avx512<const M: usize>(acc: &[[__m512; 2]; M], y: *mut 
     }
 }
 
-/// `y[tokens, rows] += x · Wᵀ` from bf16 weights and inputs, summed in f32; `x` is `[tokens, pairs]` of two bf16 each
-/// (see [`round_bf16`]).
+/// `y[tokens, rows] += x · Wᵀ` from bf16 weights and inputs, summed in f32; `x` is `[tokens, pairs]` of two bf16 each,
+/// rows `x_stride` apart.
 ///
 /// # Safety
 /// As [`gemm_f32`], with AVX-512.
@@ -152,21 +153,20 @@ pub(super) unsafe fn gemm_bf16(
     rows: Rows,
     range: Range<usize>,
     tokens: Range<usize>,
-    x: &[u32],
+    (x, x_stride): (&[u32], usize),
     cols: usize,
     output: Output,
 ) {
-    let pairs = cols.div_ceil(2);
-    assert!(x.len() >= tokens.end * pairs);
+    assert!(x_stride >= cols.div_ceil(2) && x.len() >= tokens.end * x_stride);
     let b = Blocking { lanes: 32, tile: 8, tokens: 120, slice: 2 * F32_SLICE };
     with_scratch(|scratch: &mut FloatScratch<32, { ROWS / 32 }>| {
         let pack = |s: &mut FloatScratch<32, _>, panel, at| s.pack_bf16(panel, Simd::Avx512, rows, at);
         let tile = |s: &FloatScratch<32, _>, t: Tile| {
-            let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * pairs + t.k / 2..]);
+            let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * x_stride + t.k / 2..]);
             let n = t.n.div_ceil(2);
             // SAFETY: the caller has AVX-512; the panel holds `n` columns, `x` `count` rows from here, `y` a tile.
             unsafe {
-                with_count!(t.count, [1 2 3 4 5 6 7 8], tile_bf16, (n, x.as_ptr(), pairs, w, t.y, t.stride))
+                with_count!(t.count, [1 2 3 4 5 6 7 8], tile_bf16, (n, x.as_ptr(), x_stride, w, t.y, t.stride))
             }
         };
         // SAFETY: says the caller.

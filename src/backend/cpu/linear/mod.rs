@@ -104,8 +104,16 @@ struct Part<'a> {
 #[derive(Default)]
 struct Inputs {
     int8: Activations,
-    /// Pairs of bf16, `[tokens, ⌈cols / 2⌉]`.
+    /// As they are, where their rows lie badly in memory: `[tokens, apart(cols)]`.
+    f32: Vec<f32>,
+    /// Pairs of bf16, `[tokens, apart(⌈cols / 2⌉)]`.
     bf16: Vec<u32>,
+}
+
+/// Distance of rows of `words` 32-bit words. At a multiple of 4096 bytes the same columns of all rows would compete for
+/// one set of each cache.
+fn apart(words: usize) -> usize {
+    if words.is_multiple_of(1024) { words + 16 } else { words }
 }
 
 /// `y = x · Wᵀ + bias`, or added to `y` with `accumulate`; `x` is `[tokens, cols]`, `y` `[tokens, rows]`.
@@ -189,6 +197,15 @@ fn multiply(
     if any([Method::Bf16Panels; 2]) {
         round_bf16(team, cols, x, &mut inputs.bf16);
     }
+    let x_stride = if any([Method::F32Panels; 2]) { apart(cols) } else { cols };
+    if x_stride != cols {
+        inputs.f32.resize(tokens * x_stride, 0.0);
+        team.chunks_mut(&mut inputs.f32, 8 * x_stride, |task, out| {
+            for (out, x) in out.chunks_exact_mut(x_stride).zip(x[8 * task * cols..].chunks_exact(cols)) {
+                out[..cols].copy_from_slice(x);
+            }
+        });
+    }
     let stride: usize = parts.iter().map(|part| part.rows).sum();
     let row_tasks = parts.last().map_or(0, |part| part.task + part.rows.div_ceil(part.chunk));
     // Few rows for many threads: share out the tokens too.
@@ -237,10 +254,14 @@ unsafe fn run(
             (Method::FloatRows, _) => gemv_float::gemv_float(simd, part.matrix, rows, x, cols, output),
             (Method::IntRows, _) => gemv_quant::gemv_quant(simd, part.matrix, rows, &inputs.int8, output),
             #[cfg(target_arch = "x86_64")]
-            (Method::F32Panels, _) => gemm_f32::gemm_f32(simd, part.matrix, rows, tokens, x, cols, output),
+            (Method::F32Panels, _) => {
+                let x = if apart(cols) == cols { x } else { &inputs.f32 };
+                gemm_f32::gemm_f32(simd, part.matrix, rows, tokens, (x, apart(cols)), cols, output)
+            }
             #[cfg(target_arch = "x86_64")]
             (Method::Bf16Panels, _) => {
-                gemm_f32::gemm_bf16(part.matrix, rows, tokens, &inputs.bf16, cols, output)
+                let x = (&inputs.bf16[..], apart(cols.div_ceil(2)));
+                gemm_f32::gemm_bf16(part.matrix, rows, tokens, x, cols, output)
             }
             #[cfg(target_arch = "x86_64")]
             (Method::IntPanels, Some(form)) => {
@@ -254,10 +275,11 @@ unsafe fn run(
 /// Rounds to bf16, in pairs; an odd last column gets a zero beside it.
 fn round_bf16(team: &mut Team, cols: usize, x: &[f32], out: &mut Vec<u32>) {
     let pairs = cols.div_ceil(2);
-    out.resize(x.len() / cols * pairs, 0);
+    let stride = apart(pairs);
+    out.resize(x.len() / cols * stride, 0);
     let bits = |v: f32| u32::from(half::bf16::from_f32(v).to_bits());
-    team.chunks_mut(out, 8 * pairs, |task, out| {
-        for (out, x) in out.chunks_exact_mut(pairs).zip(x[8 * task * cols..].chunks_exact(cols)) {
+    team.chunks_mut(out, 8 * stride, |task, out| {
+        for (out, x) in out.chunks_exact_mut(stride).zip(x[8 * task * cols..].chunks_exact(cols)) {
             for (pair, x) in out.iter_mut().zip(x.chunks(2)) {
                 *pair = bits(x[0]) | (x.get(1).map_or(0, |&v| bits(v)) << 16);
             }
