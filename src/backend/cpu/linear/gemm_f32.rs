@@ -88,13 +88,26 @@ unsafe fn tile_avx2<const M: usize>(
     prefetch::<M>(y, y_stride);
     // SAFETY: the caller vouches for M rows of x and y and n columns of the panel.
     unsafe {
-        for i in 0..n {
-            let w = [_mm256_load_ps(panel.add(16 * i)), _mm256_load_ps(panel.add(16 * i + 8))];
+        // Four columns a turn, from pointers that two strides reach all rows of: what else a turn does (addresses,
+        // counting) takes as many slots of the processor's front end as the products themselves would.
+        let (mut low, mut high, mut w) = (x, x.wrapping_add(3 * x_stride), panel);
+        let mut column = |low: *const f32, high: *const f32, w: *const f32| {
+            let w = [_mm256_load_ps(w), _mm256_load_ps(w.add(8))];
             for t in 0..M {
-                let v = _mm256_broadcast_ss(&*x.add(t * x_stride + i));
+                let x = if t < 3 { low.add(t * x_stride) } else { high.add((t - 3) * x_stride) };
+                let v = _mm256_broadcast_ss(&*x);
                 acc[t][0] = _mm256_fmadd_ps(v, w[0], acc[t][0]);
                 acc[t][1] = _mm256_fmadd_ps(v, w[1], acc[t][1]);
             }
+        };
+        for _ in 0..n / 4 {
+            for j in 0..4 {
+                column(low.add(j), high.wrapping_add(j), w.add(16 * j));
+            }
+            (low, high, w) = (low.add(4), high.wrapping_add(4), w.add(64));
+        }
+        for j in 0..n % 4 {
+            column(low.add(j), high.wrapping_add(j), w.add(16 * j));
         }
         for (t, acc) in acc.iter().enumerate() {
             for (half, acc) in acc.iter().enumerate() {
