@@ -1,7 +1,7 @@
-//! A few queries against many keys: bound by reading the pages, each key and value once for all heads that share it.
+//! One new token against many keys: bound by reading the pages, each key and value once for all heads that share it.
 //!
 //! A task takes a stretch of a sequence's keys (split-K, as in FlashDecoding) and leaves a *partial result* per row:
-//! `[rows][wide]` weighted sums of values, `[rows]` maxima, `[rows]` sums of exponentials. Elements of a head lie across the
+//! `[rows][wide]` (a row a query head of the kv head) weighted sums of values, `[rows]` maxima, `[rows]` sums of exponentials. Elements of a head lie across the
 //! lanes of registers; up to four rows are worked on together, with as
 //! many keys, or registers of a value, as AVX2 has registers for.
 
@@ -67,13 +67,13 @@ unsafe fn decode_pages<V: Vector, T: PageElement + Element>(
     scratch: &mut Scratch,
 ) {
     let sequence = call.sequence(task.sequence);
-    let (dim, wide, rows) = (call.dim, call.wide, sequence.tokens * call.group);
+    let (dim, wide, rows) = (call.dim, call.wide, call.group);
     // Rows that don't fill registers are staged in ones that do.
     let staged = if dim == wide { 0 } else { KEYS * wide };
     let [q, scores, keys, values] = scratch.pieces([rows * wide, rows * KEYS, staged, staged]);
     let exponent = call.exponent();
     for (r, q) in q.chunks_exact_mut(wide).enumerate() {
-        let query = call.query(sequence.row + r / call.group, task.kv_head * call.group + r % call.group);
+        let query = call.query(sequence.row, task.kv_head * call.group + r);
         q[dim..].fill(0.0);
         q[..dim].copy_from_slice(query);
     }
@@ -101,17 +101,11 @@ unsafe fn decode_pages<V: Vector, T: PageElement + Element>(
         let valid = offsets[0];
         offsets[count..padded].fill(valid);
         let (k, v) = (page_ptr::<T>(&call.pages.keys), page_ptr::<T>(&call.pages.values));
-        // Which of these keys a row sees.
-        let sight = |r: usize| {
-            let at = sequence.at + r / call.group;
-            let (from, to) = (call.first_key(at).max(start), (at + 1).min(start + count));
-            (from - start, to.saturating_sub(start))
-        };
         // SAFETY: the caller's promise; `page_offsets` are in bounds, staged rows `wide` long.
         unsafe {
             if dim == wide {
                 let stretch = Stretch { keys: k, values: v, offsets: &offsets[..padded], count };
-                attend::<V, T>(&rows_of, rows, &stretch, sight);
+                attend::<V, T>(&rows_of, rows, &stretch);
                 continue;
             }
             for (i, offset) in offsets[..padded].iter_mut().enumerate() {
@@ -121,18 +115,13 @@ unsafe fn decode_pages<V: Vector, T: PageElement + Element>(
             }
             let (keys, values) = (keys.as_ptr(), values.as_ptr());
             let stretch = Stretch { keys, values, offsets: &offsets[..padded], count };
-            attend::<V, f32>(&rows_of, rows, &stretch, sight);
+            attend::<V, f32>(&rows_of, rows, &stretch);
         }
     }
 }
 
 #[inline(always)]
-unsafe fn attend<V: Vector, T: PageElement>(
-    rows: &Rows,
-    count: usize,
-    stretch: &Stretch<T>,
-    sight: impl Fn(usize) -> (usize, usize),
-) {
+unsafe fn attend<V: Vector, T: PageElement>(rows: &Rows, count: usize, stretch: &Stretch<T>) {
     let mut r = 0;
     while r < count {
         // As even as blocks of up to 4 can be.
@@ -140,10 +129,10 @@ unsafe fn attend<V: Vector, T: PageElement>(
         // SAFETY: the caller's promise.
         unsafe {
             match block {
-                1 => attend_block::<V, T, 1, 4, 4>(rows, r, stretch, &sight),
-                2 => attend_block::<V, T, 2, 4, 4>(rows, r, stretch, &sight),
-                3 => attend_block::<V, T, 3, 2, 3>(rows, r, stretch, &sight),
-                _ => attend_block::<V, T, 4, 2, 2>(rows, r, stretch, &sight),
+                1 => attend_block::<V, T, 1, 4, 4>(rows, r, stretch),
+                2 => attend_block::<V, T, 2, 4, 4>(rows, r, stretch),
+                3 => attend_block::<V, T, 3, 2, 3>(rows, r, stretch),
+                _ => attend_block::<V, T, 4, 2, 2>(rows, r, stretch),
             }
         }
         r += block;
@@ -156,7 +145,6 @@ unsafe fn attend_block<V: Vector, T: PageElement, const R: usize, const B: usize
     rows: &Rows,
     first: usize,
     stretch: &Stretch<T>,
-    sight: &impl Fn(usize) -> (usize, usize),
 ) {
     let wide = rows.call.wide;
     // SAFETY: the caller's promise: pointers and offsets of `rows` and `stretch` are valid as their fields say.
@@ -204,8 +192,7 @@ unsafe fn attend_block<V: Vector, T: PageElement, const R: usize, const B: usize
         let mut shrink = [0.0; R];
         for r in 0..R {
             let (max, weight) = (rows.max.add(first + r), rows.weight.add(first + r));
-            let seen = sight(first + r);
-            shrink[r] = softmax::<V>(scores.add(r * KEYS), stretch.count, seen, rows.exponent, max, weight);
+            shrink[r] = softmax::<V>(scores.add(r * KEYS), stretch.count, rows.exponent, max, weight);
         }
 
         let sums = rows.sums.add(first * wide);
@@ -243,7 +230,6 @@ unsafe fn prefetch<V: Vector, T>(values: *const T, offsets: &[usize], wide: usiz
 unsafe fn softmax<V: Vector>(
     scores: *mut f32,
     count: usize,
-    (from, to): (usize, usize),
     exponent: Exponent,
     max: *mut f32,
     weight: *mut f32,
@@ -258,7 +244,7 @@ unsafe fn softmax<V: Vector>(
                 i += V::LANES;
             }
         }
-        for i in (0..from.min(end)).chain(to..end) {
+        for i in count..end {
             *scores.add(i) = f32::NEG_INFINITY;
         }
         let mut top = V::splat(f32::NEG_INFINITY);
@@ -349,14 +335,13 @@ pub(super) unsafe fn combine<V: Vector>(
     reduction: &Reduction,
 ) {
     let sequence = call.sequence(task.sequence);
-    let (wide, rows) = (call.wide, sequence.tokens * call.group);
+    let (wide, rows) = (call.wide, call.group);
     for r in 0..rows {
         // SAFETY: the caller's promise: `splits` partial results of `stride` elements each, one result of `dim`.
         unsafe {
             let max_of = |split: usize| *partials.add(split * reduction.stride + rows * wide + r);
             let top = (0..reduction.splits).map(max_of).fold(f32::MIN, f32::max);
-            let result =
-                call.result(sequence.row + r / call.group, task.kv_head * call.group + r % call.group);
+            let result = call.result(sequence.row, task.kv_head * call.group + r);
             let result = std::slice::from_raw_parts_mut(result, call.dim);
             result.fill(0.0);
             let mut total = 0.0;

@@ -45,20 +45,19 @@ impl Plan {
         self.tasks.clear();
         self.reductions.clear();
         let kv_heads = call.p.kv_heads as usize;
-        // By this alone, so that a prompt's bits do not depend on the pieces it is read in.
-        let decodes = |tokens: usize| tokens == 1;
         let (mut partials, mut prefill_rows) = (0, 0);
         for s in 0..call.p.sequences as usize {
             let sequence = call.sequence(s);
             if sequence.tokens == 0 {
                 continue;
             }
-            let rows = sequence.tokens * call.group;
-            if !decodes(sequence.tokens) {
-                prefill_rows += rows * kv_heads;
+            // By this alone, so that a prompt's bits do not depend on the pieces it is read in.
+            if sequence.tokens > 1 {
+                prefill_rows += sequence.tokens * call.group * kv_heads;
                 continue;
             }
-            let (first, end) = (call.first_key(sequence.at), sequence.at + sequence.tokens);
+            let rows = call.group;
+            let (first, end) = (call.first_key(sequence.at), sequence.at + 1);
             let split_len = split_len(end - first);
             let splits = (end - first).div_ceil(split_len);
             let stride = rows * (call.wide + 2);
@@ -82,7 +81,7 @@ impl Plan {
             let step = tile_tokens(call, lanes, prefill_rows, threads);
             for s in 0..call.p.sequences as usize {
                 let sequence = call.sequence(s);
-                if sequence.tokens == 0 || decodes(sequence.tokens) {
+                if sequence.tokens <= 1 {
                     continue;
                 }
                 for from in (0..sequence.tokens).step_by(step) {
