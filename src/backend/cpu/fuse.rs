@@ -4,14 +4,16 @@
 use super::{
     Simd,
     linear::matmul,
-    pointwise::{activate, exp, rows_per_task, sum_of_squares, vector},
+    pointwise::{activate, exp, norm_row, rows_per_task, vector},
     rope::{PageWriter, page_offset, read_page},
     simd::vectorized,
     team::Team,
 };
 use crate::{
     backend::{Precision, Tensor},
-    ops::{Activation, FUSE_CHUNK, Ffn, FuseOperands, FuseParams, KvPages, Pass, Projector, Weight},
+    ops::{
+        Activation, FUSE_CHUNK, Ffn, FuseOperands, FuseParams, KvPages, NormOutput, Pass, Projector, Weight,
+    },
 };
 use std::ops::Range;
 
@@ -266,8 +268,7 @@ impl Rows<'_> {
         self.chunks(normed, cols, |first, rows| {
             for (i, y) in rows.chunks_exact_mut(cols).enumerate() {
                 let x = &input[(first + i) * cols..][..cols];
-                let scale = 1.0 / (sum_of_squares(x) / cols as f32 + NORM_EPS).sqrt();
-                y.iter_mut().zip(x).zip(&weight).for_each(|((y, &x), &w)| *y = x * scale * w);
+                norm_row(simd, x, &weight, NORM_EPS, NormOutput::Assign, y);
             }
         });
         self.matmul(&ffn.w1, false, normed, inner);

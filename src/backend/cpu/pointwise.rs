@@ -33,7 +33,7 @@ pub(super) fn vector(tensor: &Tensor) -> Vec<f32> {
 
 /// Sum of squares in eight fixed lanes: same order on every run, and the compiler can vectorise it.
 #[inline(always)]
-pub(super) fn sum_of_squares(x: &[f32]) -> f32 {
+fn sum_of_squares(x: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 8];
     let chunks = x.chunks_exact(8);
     let rest = chunks.remainder();
@@ -83,7 +83,8 @@ vectorized! {
 }
 
 vectorized! {
-    fn norm_row(x: &[f32], weight: &[f32], eps: f32, output: NormOutput, y: &mut [f32]) {
+    /// As [`norm_in_place`], into `y` or added to it.
+    pub(super) fn norm_row(x: &[f32], weight: &[f32], eps: f32, output: NormOutput, y: &mut [f32]) {
         let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
         let pairs = y.iter_mut().zip(x).zip(weight);
         match output {

@@ -135,12 +135,12 @@ pub(super) fn matmul(
     if tokens == 0 || stride == 0 {
         return;
     }
+    let parts = parts(simd, pass, precision, weight, team.threads());
     INPUTS.with_borrow_mut(|inputs| {
         for start in (0..tokens).step_by(MAX_TOKENS) {
             let count = MAX_TOKENS.min(tokens - start);
             let x = &x[start * cols..][..count * cols];
             let y = &mut y[start * stride..][..count * stride];
-            let parts = parts(simd, pass, precision, weight, team.threads());
             multiply(team, simd, accumulate, count, x, &parts, y, inputs);
         }
     })
