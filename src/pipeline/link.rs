@@ -326,10 +326,10 @@ impl Link {
         }
         let several = selected.len() > 1 && self.mode == FusionMode::Parallel;
         // Several sharers in parallel all read the plain cache while the sum grows in place: keep a plain copy.
-        let plain = several.then(|| self.plain_copy(end - start)).transpose()?;
+        let plain = several.then(|| self.plain_copy(start, end)).transpose()?;
         let mut pairs: Vec<Columns> = Vec::new();
         for &sharer in &selected {
-            pairs.push(self.columns(prompt, sharer, start, end)?);
+            pairs.push(self.columns(prompt, sharer, start, end, several)?);
             report.fused_tokens += pairs.last().map_or(0, |pair| pair.tokens);
         }
         let scratch = self.scratch_for(&selected, end - start)?;
@@ -337,8 +337,7 @@ impl Link {
             self.queue.wait(&receiver_cached[layer]);
             let live = self.receiver.kv.layers()[layer].clone();
             if let Some(plain) = &plain {
-                let slots = self.slots_tensor(&self.receiver.slots()[start..end])?;
-                ops::copy_slots(&self.queue, &live, &slots, &plain.pages, &plain.slots)?;
+                ops::copy_slots(&self.queue, &live, &plain.from, &plain.pages, &plain.slots)?;
             }
             for (&sharer, pair) in selected.iter().zip(&pairs) {
                 let fuser = &self.fusers[sharer];
@@ -355,15 +354,11 @@ impl Link {
                 report.fused_kv_bytes +=
                     (2 * pair.tokens * source.width() * source.keys.dtype().block_bytes()) as u64;
                 for part in &pair.parts {
-                    let target_slots = match &plain {
-                        Some(plain) => plain.slots_at(&self.queue, &part.rows)?,
-                        None => part.target.clone(),
-                    };
                     let call = FuseCall {
                         source,
                         source_slots: &part.source,
                         target: plain.as_ref().map_or(&live, |plain| &plain.pages),
-                        target_slots: &target_slots,
+                        target_slots: part.in_copy.as_ref().unwrap_or(&part.target),
                         base: &live,
                         base_slots: &part.target,
                         out: &live,
@@ -385,8 +380,15 @@ impl Link {
     }
 
     /// Which slots of sharer `sharer` go with which of the receiver's for tokens `start..end`, in parts of at most
-    /// [`MAX_FUSE`].
-    fn columns(&self, prompt: &Prompt, sharer: usize, start: usize, end: usize) -> Result<Columns, Error> {
+    /// [`MAX_FUSE`]; `copied`: also their slots in a [`PlainCopy`] of these tokens.
+    fn columns(
+        &self,
+        prompt: &Prompt,
+        sharer: usize,
+        start: usize,
+        end: usize,
+        copied: bool,
+    ) -> Result<Columns, Error> {
         let aligned: Vec<(usize, u32)> = (start..end)
             .filter_map(|token| Some((token, prompt.sharers[sharer].columns.get(token).copied()??)))
             .collect();
@@ -395,16 +397,19 @@ impl Link {
         for part in aligned.chunks(MAX_FUSE) {
             let source: Vec<u32> = part.iter().map(|&(_, column)| theirs[column as usize]).collect();
             let target: Vec<u32> = part.iter().map(|&(token, _)| ours[token]).collect();
+            let in_copy: Vec<u32> = part.iter().map(|&(token, _)| (token - start) as u32).collect();
             parts.push(Part {
                 source: self.slots_tensor(&source)?,
                 target: self.slots_tensor(&target)?,
-                rows: part.iter().map(|&(token, _)| (token - start) as u32).collect(),
+                in_copy: copied.then(|| self.slots_tensor(&in_copy)).transpose()?,
             });
         }
         Ok(Columns { tokens: aligned.len(), parts })
     }
 
-    fn plain_copy(&self, tokens: usize) -> Result<PlainCopy, Error> {
+    /// Room for one layer of tokens `start..end`.
+    fn plain_copy(&self, start: usize, end: usize) -> Result<PlainCopy, Error> {
+        let tokens = end - start;
         let live = &self.receiver.kv.layers()[0];
         let (heads, size, dim) = (live.kv_heads(), live.block_size(), live.head_dim());
         let dims = [tokens.div_ceil(size), heads, size, dim];
@@ -412,7 +417,8 @@ impl Link {
         let page = |what| backend.alloc(live.keys.dtype(), &dims, what);
         let pages = KvPages { keys: page("plain keys")?, values: page("plain values")? };
         let slots: Vec<u32> = (0..tokens as u32).collect();
-        Ok(PlainCopy { pages, slots: self.slots_tensor(&slots)? })
+        let from = self.slots_tensor(&self.receiver.slots()[start..end])?;
+        Ok(PlainCopy { pages, from, slots: self.slots_tensor(&slots)? })
     }
 
     fn scratch_for(&mut self, selected: &[usize], tokens: usize) -> Result<Tensor, Error> {
@@ -441,18 +447,14 @@ struct Columns {
 struct Part {
     source: Tensor,
     target: Tensor,
-    /// The same tokens counted from the start of the section.
-    rows: Vec<u32>,
+    /// The target's slots in the plain copy, where there is one: the tokens' places in the section.
+    in_copy: Option<Tensor>,
 }
 
+/// One layer of the receiver's cache as it was before the first sharer.
 struct PlainCopy {
     pages: KvPages,
+    /// The tokens' slots in the receiver's own cache, and in `pages`.
+    from: Tensor,
     slots: Tensor,
-}
-
-impl PlainCopy {
-    /// Slots of the copy are the tokens' places in the section.
-    fn slots_at(&self, queue: &Queue, rows: &[u32]) -> Result<Tensor, Error> {
-        Ok(queue.tensor(rows, &[rows.len()], "plain slots")?)
-    }
 }

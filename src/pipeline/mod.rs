@@ -17,7 +17,6 @@ pub use session::{
     Answer, ComputeType, FuserChoice, Mode, Model, Question, Session, SessionOptions, TimingsMs,
     TokensPerSecond, peak_rss_bytes,
 };
-pub use t2t::T2tPrompts;
 
 use crate::{align, backend, cache, durable, engine, fuser, model, ops, tokenizer};
 

@@ -2,7 +2,7 @@
 
 use super::{
     Error, FinishReason, Generation, Lane, Link, Overlap, PrefillReport, Prompt, SharerPrompt, Stream,
-    T2tPrompts, WantedLogits, generate,
+    WantedLogits, generate, t2t,
 };
 use crate::{
     align::{AlignedPrompt, Aligner, Alignment, ChatOptions, Fraction, LayerMapping},
@@ -445,12 +445,12 @@ impl Session {
     ) -> Result<Answer, Error> {
         let Question::Chat { messages, template } = question else { return Err(Error::T2tNeedsChat) };
         let last = messages.iter().rposition(|message| message.role == "user").ok_or(Error::T2tNeedsChat)?;
-        let (prompts, text) = (T2tPrompts::default(), &messages[last].content);
+        let text = &messages[last].content;
         let chat = |messages| Question::Chat { messages, template: template.clone() };
-        let stage1 = self.run_alone(&self.sharers[0], &chat(prompts.ask(text)), params, &mut |_| {})?;
+        let stage1 = self.run_alone(&self.sharers[0], &chat(t2t::ask(text)), params, &mut |_| {})?;
         let background = stage1.generation.text.trim().to_string();
         let mut conversation = messages[..last].to_vec();
-        conversation.extend(prompts.answer(text, &background, text));
+        conversation.extend(t2t::answer(text, &background));
         let stage2 = self.run_alone(self.receiver()?, &chat(conversation), params, on_text)?;
         let mut answer = self.blank(stage2.generation);
         answer.kv_bytes = stage1.kv_bytes.max(stage2.kv_bytes);
