@@ -2,29 +2,30 @@
 //!
 //! This is the one module to edit for a new way of letting models talk through their caches.
 
+mod answer;
 mod generate;
 mod lane;
 mod link;
+mod model;
 mod replay;
 mod session;
 mod t2t;
 
+pub use answer::{Answer, TimingsMs, TokensPerSecond, peak_rss_bytes};
 pub use generate::{FinishReason, Generation, Stream, generate};
 pub use lane::Lane;
 pub use link::{Link, Overlap, PrefillReport, Prompt, SharerPrompt, WantedLogits};
+pub use model::Model;
 pub use replay::{Dump, ReplayInput, replay};
-pub use session::{
-    Answer, ComputeType, FuserChoice, Mode, Model, Question, Session, SessionOptions, TimingsMs,
-    TokensPerSecond, peak_rss_bytes,
-};
+pub use session::{ComputeType, FuserChoice, Mode, Question, Session, SessionOptions};
 
-use crate::{align, backend, cache, durable, engine, fuser, model, ops, tokenizer};
+use crate::{align, backend, cache, durable, engine, fuser, ops, tokenizer};
 
 /// What can go wrong on the road.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
-    Model(#[from] model::Error),
+    Model(#[from] crate::model::Error),
     #[error(transparent)]
     Cache(#[from] cache::Error),
     #[error(transparent)]

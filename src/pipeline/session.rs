@@ -1,18 +1,20 @@
 //! What the binaries drive: models loaded from files, a question in, an answer with its costs out.
 
 use super::{
-    Error, FinishReason, Generation, Lane, Link, Overlap, PrefillReport, Prompt, SharerPrompt, Stream,
-    WantedLogits, generate, t2t,
+    Answer, Error, Generation, Lane, Link, Model, Overlap, Prompt, SharerPrompt, Stream, TimingsMs,
+    TokensPerSecond, WantedLogits,
+    answer::{ms, peak_rss_bytes},
+    generate, t2t,
 };
 use crate::{
     align::{AlignedPrompt, Aligner, Alignment, ChatOptions, Fraction, LayerMapping},
     backend::{self, Backend, DType, DeviceChoice, Precision, Queue},
     engine::SamplingParams,
     fuser::{self, Fuser, FuserConfig, FusionMode, GateOverride, Gates, Kind, Mapping},
-    model::{self, Decoder, Goal, Source},
-    tokenizer::{Message, TemplateOptions, Tokenizer},
+    model::Goal,
+    tokenizer::{Message, TemplateOptions},
 };
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use std::{
     num::ParseIntError,
     path::{Path, PathBuf},
@@ -136,53 +138,6 @@ pub struct SessionOptions {
     pub overlap: Overlap,
 }
 
-/// A loaded model and its tokenizer, where it has one.
-pub struct Model {
-    pub path: PathBuf,
-    pub decoder: Arc<Decoder>,
-    pub tokenizer: Option<Tokenizer>,
-}
-
-impl Model {
-    /// Loads a Hugging Face folder or a GGUF file.
-    pub fn load(
-        path: &Path,
-        backend: &Arc<dyn Backend>,
-        precision: Precision,
-        progress: &dyn Fn(u64, u64),
-    ) -> Result<Model, Error> {
-        let loaded = model::load(path, backend, progress)?;
-        let tokenizer = match &loaded.source {
-            Source::Folder(folder) if !folder.join("tokenizer.json").exists() => None,
-            Source::Folder(folder) => Some(Tokenizer::from_folder(folder)?),
-            Source::Gguf(gguf) => Some(Tokenizer::from_gguf(
-                &gguf.vocab().map_err(|source| model::Error::Gguf { path: path.into(), source })?,
-            )?),
-        };
-        Ok(Model { path: path.into(), decoder: Arc::new(Decoder::new(loaded, precision)), tokenizer })
-    }
-
-    /// What a fuser made for this model expects.
-    pub fn party(&self) -> fuser::Party {
-        let config = &self.decoder.config;
-        fuser::Party {
-            name: self.path.file_stem().map(|name| name.to_string_lossy().into_owned()),
-            config: Some(fuser::Digest(config.fingerprint())),
-            tokenizer: self
-                .tokenizer
-                .as_ref()
-                .map(|tokenizer| fuser::Digest(tokenizer.fingerprint(config.vocab))),
-            rope: Some(config.rope_in_words()),
-            norm: Some(if config.qk_norm { "rms" } else { "none" }.into()),
-            ..fuser::Party::new(config.layers, config.kv_heads, config.head_dim)
-        }
-    }
-
-    fn tokenizer(&self) -> Result<&Tokenizer, Error> {
-        self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer { model: self.path.display().to_string() })
-    }
-}
-
 /// What is asked.
 #[derive(Clone, Debug)]
 pub enum Question {
@@ -190,72 +145,6 @@ pub enum Question {
     Chat { messages: Vec<Message>, template: TemplateOptions },
     /// A text to continue, without a template.
     Raw(String),
-}
-
-/// Milliseconds of each phase. `fuse_exposed` is the part of the fuse that no prefill hid.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct TimingsMs {
-    pub load: f64,
-    pub tokenize: f64,
-    pub align: f64,
-    pub sharer_prefill: f64,
-    pub receiver_prefill: f64,
-    pub fuse: f64,
-    pub fuse_exposed: f64,
-    /// From the question to the first token, text-to-text's first stage included.
-    pub first_token: f64,
-    /// From the first token to the last.
-    pub decode: f64,
-    /// From the question to the end of the answer.
-    pub total: f64,
-}
-
-/// Tokens per second of each phase; `None` where there was nothing to time.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct TokensPerSecond {
-    pub receiver_prefill: Option<f64>,
-    pub sharer_prefill: Option<f64>,
-    pub decode: Option<f64>,
-}
-
-/// An answer and what it cost.
-#[derive(Clone, Debug, Serialize)]
-pub struct Answer {
-    pub mode: Mode,
-    pub text: String,
-    pub tokens: Vec<u32>,
-    pub finish_reason: FinishReason,
-    pub prompt_tokens: usize,
-    pub sharer_prompt_tokens: Vec<usize>,
-    /// Receiver tokens that took a sharer's column.
-    pub fused_tokens: usize,
-    pub timings_ms: TimingsMs,
-    pub tokens_per_s: TokensPerSecond,
-    /// For each sharer, for each receiver layer: factors of keys and values, 0 = closed, 1 = open. Written without the
-    /// outer list where there is one sharer.
-    #[serde(serialize_with = "one_or_all")]
-    pub gates: Vec<Gates>,
-    /// Memory of the caches of all models that took part; of the larger stage in text-to-text mode.
-    pub kv_bytes: u64,
-    /// Bytes of sharer cache that the fuser read: what went from model to model.
-    pub fused_kv_bytes: u64,
-    /// The sharer's text, in text-to-text mode.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub background: Option<String>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub logprobs: Vec<crate::engine::TokenLogprobs>,
-    pub peak_rss_bytes: u64,
-    pub device: &'static str,
-    pub threads: usize,
-    pub dtype: ComputeType,
-    pub overlap: Overlap,
-}
-
-fn one_or_all<S: Serializer>(gates: &[Gates], serializer: S) -> Result<S::Ok, S::Error> {
-    match gates {
-        [one] => one.serialize(serializer),
-        all => all.serialize(serializer),
-    }
 }
 
 /// Models, fusers and settings; answers questions.
@@ -554,26 +443,6 @@ struct Alone {
     total: Duration,
 }
 
-impl Answer {
-    pub(super) fn prefill(&mut self, report: &PrefillReport) {
-        self.timings_ms.sharer_prefill = ms(report.sharers.iter().sum());
-        self.timings_ms.receiver_prefill = ms(report.receiver);
-        self.timings_ms.fuse = ms(report.fuse);
-        self.timings_ms.fuse_exposed = ms(report.fuse_exposed);
-        self.fused_kv_bytes = report.fused_kv_bytes;
-        self.fused_tokens = report.fused_tokens;
-    }
-
-    fn rates(&mut self) {
-        let rate = |tokens: usize, ms: f64| (tokens > 0 && ms > 0.0).then(|| tokens as f64 / ms * 1e3);
-        self.tokens_per_s = TokensPerSecond {
-            receiver_prefill: rate(self.prompt_tokens, self.timings_ms.receiver_prefill),
-            sharer_prefill: rate(self.sharer_prompt_tokens.iter().sum(), self.timings_ms.sharer_prefill),
-            decode: rate(self.tokens.len().saturating_sub(1), self.timings_ms.decode),
-        };
-    }
-}
-
 impl From<AlignedPrompt> for Prompt {
     /// Sharers read only as far as something of theirs is fused: later tokens influence nothing.
     fn from(aligned: AlignedPrompt) -> Prompt {
@@ -596,16 +465,4 @@ impl From<AlignedPrompt> for Prompt {
 /// Room for the prompt and the answer, within the model's context.
 pub(super) fn capped(prompt: usize, params: &SamplingParams, model: &Model) -> usize {
     prompt.max(prompt.saturating_add(params.max_new_tokens).min(model.decoder.config.context_length))
-}
-
-fn ms(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
-}
-
-/// Largest resident size of this process so far; 0 where the system does not tell.
-pub fn peak_rss_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
 }
