@@ -100,6 +100,13 @@ impl Tensor {
         self.elements() / self.dtype.block_len() * self.dtype.block_bytes()
     }
 
+    /// Whether the two have a byte in common.
+    pub fn overlaps(&self, other: &Tensor) -> bool {
+        let (Storage::Cpu(mine), Storage::Cpu(theirs)) = (&self.storage, &other.storage);
+        let (a, b) = (self.byte_offset, other.byte_offset);
+        mine.is_same(theirs) && a < b + other.bytes() && b < a + self.bytes()
+    }
+
     /// Rows `start..start + len` of the outermost dimension, sharing the memory; `None` if out of range.
     pub fn narrow(&self, start: usize, len: usize) -> Option<Tensor> {
         let dims = self.shape();

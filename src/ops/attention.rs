@@ -1,6 +1,6 @@
 //! Causal attention over pages, for any mix of prefill and decode sequences.
 
-use super::{KvPages, ShapeError, check};
+use super::{KvPages, ShapeError, check, check_apart};
 use crate::backend::{DType, Queue, Tensor};
 
 #[repr(C)]
@@ -58,13 +58,22 @@ pub fn paged_attention(
         || pages.head_dim() != p.head_dim as usize
         || p.kv_heads == 0
         || !p.heads.is_multiple_of(p.kv_heads)
-        || (p.q_stride as usize) < width
     {
         return Err(ShapeError {
             op: OP,
             operand: "pages.keys",
             found: format!("{:?}", pages.keys),
             expected: format!("{} kv heads × {} dividing {} heads", p.kv_heads, p.head_dim, p.heads),
+        });
+    }
+    let inputs = [("q", &operands.q), ("pages.keys", &pages.keys), ("pages.values", &pages.values)];
+    check_apart(OP, &operands.out, &inputs)?;
+    if (p.q_stride as usize) < width {
+        return Err(ShapeError {
+            op: OP,
+            operand: "q",
+            found: format!("rows of {}", p.q_stride),
+            expected: format!("at least {} heads × {}", p.heads, p.head_dim),
         });
     }
     queue.backend().paged_attention(queue.id(), p, operands);

@@ -1,6 +1,6 @@
 //! Token embedding: `out[t] = scale · table[ids[t]]`.
 
-use super::{ShapeError, check};
+use super::{ShapeError, check, check_apart};
 use crate::backend::{DType, Queue, Tensor};
 
 #[repr(C)]
@@ -26,6 +26,7 @@ pub fn embed(
     check("embed", "ids", ids, &[DType::U32], &[tokens])?;
     check("embed", "table", table, &DType::ALL, &[table.rows(), hidden])?;
     check("embed", "out", out, &[DType::F32], &[tokens, hidden])?;
+    check_apart("embed", out, &[("ids", ids), ("table", table)])?;
     let p = EmbedParams { tokens: tokens as u32, hidden: hidden as u32, scale };
     queue.backend().embed(queue.id(), p, ids, table, out);
     Ok(())

@@ -3,7 +3,7 @@
 //! Formulae in docs/math.md ("The fuser"). `s` are the sharer's cache columns, `t` the receiver's, flattened per token
 //! to `[kv_heads · head_dim]`.
 
-use super::{KvPages, ShapeError, Weight, check};
+use super::{KvPages, ShapeError, Weight, check, check_apart};
 use crate::backend::{DType, Precision, Queue, Tensor};
 
 /// `y = x + W2 · gelu_erf(W1 · rms_norm(x))`, no biases.
@@ -141,6 +141,9 @@ pub fn fuse(queue: &Queue, p: FuseParams, operands: &FuseOperands) -> Result<(),
                 expected: format!("F32[≥ {need}]"),
             });
         }
+    }
+    for (name, pages) in [("source", &o.source), ("target", &o.target), ("base", &o.base), ("out", &o.out)] {
+        check_apart(OP, &o.scratch, &[(name, &pages.keys), (name, &pages.values)])?;
     }
     queue.backend().fuse(queue.id(), p, operands);
     Ok(())

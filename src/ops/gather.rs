@@ -1,6 +1,6 @@
 //! Row gather, and copies between KV pages.
 
-use super::{KV_DTYPES, ShapeError, check};
+use super::{KV_DTYPES, ShapeError, check, check_apart};
 use crate::backend::{DType, Queue, Tensor};
 
 /// One layer's keys and values in pages.
@@ -56,6 +56,7 @@ pub fn gather_rows(queue: &Queue, x: &Tensor, rows: &Tensor, out: &Tensor) -> Re
     check("gather_rows", "x", x, &[DType::F32], &[x.rows(), x.row_len()])?;
     check("gather_rows", "rows", rows, &[DType::U32], &[m])?;
     check("gather_rows", "out", out, &[DType::F32], &[m, x.row_len()])?;
+    check_apart("gather_rows", out, &[("x", x), ("rows", rows)])?;
     queue.backend().gather_rows(queue.id(), x, rows, out);
     Ok(())
 }

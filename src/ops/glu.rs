@@ -1,6 +1,6 @@
 //! Gated linear unit and the soft cap on logits.
 
-use super::{ShapeError, check};
+use super::{ShapeError, check, check_apart};
 use crate::backend::{DType, Queue, Tensor};
 
 #[repr(u32)]
@@ -29,6 +29,7 @@ pub fn glu(queue: &Queue, x: &Tensor, activation: Activation, out: &Tensor) -> R
     let (rows, cols) = (out.rows(), out.row_len());
     check("glu", "out", out, &[DType::F32], &[rows, cols])?;
     check("glu", "x", x, &[DType::F32], &[rows, 2 * cols])?;
+    check_apart("glu", out, &[("x", x)])?;
     queue.backend().glu(queue.id(), GluParams { rows: rows as u32, cols: cols as u32, activation }, x, out);
     Ok(())
 }

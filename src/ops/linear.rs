@@ -1,6 +1,6 @@
 //! Linear map: `out = x · Wᵀ + bias`, or added to `out`.
 
-use super::{FLOATS, ShapeError, check};
+use super::{FLOATS, ShapeError, check, check_apart};
 use crate::backend::{DType, Precision, Queue, Tensor};
 
 /// A weight matrix `[rows, cols]`, possibly stacked from parts of different dtypes (q, k, v of one layer; gate and
@@ -83,6 +83,7 @@ pub fn linear(
         }
     }
     check("linear", "out", out, &[DType::F32], &[tokens, weight.rows()])?;
+    check_apart("linear", out, &[("x", x)])?;
     let p = LinearParams { tokens: tokens as u32, pass, precision, accumulate };
     queue.backend().linear(queue.id(), p, x, weight, out);
     Ok(())

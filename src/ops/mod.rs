@@ -1,8 +1,8 @@
 //! The vocabulary: one file per op, with its parameters, its shape checks and the function everything above calls.
 //!
 //! Each function checks its operands, names op, operand and shapes if they don't fit, and issues the op on a
-//! [`crate::backend::Queue`]. Outputs are allocated by the caller. `*Params` structs are plain `#[repr(C)]` scalars: on a GPU the
-//! same struct is the kernel's argument.
+//! [`crate::backend::Queue`]. Outputs are allocated by the caller. An output shares no memory with an input, unless the op says
+//! so. `*Params` structs are scalars: on a GPU the same struct is the kernel's argument.
 
 mod attention;
 mod embed;
@@ -54,6 +54,50 @@ fn check(
     })
 }
 
+/// Refuses an output that shares memory with an input: a kernel reads the one while it writes the other.
+fn check_apart(op: &'static str, out: &Tensor, inputs: &[(&'static str, &Tensor)]) -> Result<(), ShapeError> {
+    match inputs.iter().find(|(_, input)| out.overlaps(input)) {
+        None => Ok(()),
+        Some((operand, input)) => Err(ShapeError {
+            op,
+            operand,
+            found: format!("{input:?} in the memory of the output"),
+            expected: "memory of its own".into(),
+        }),
+    }
+}
+
 /// Dtypes a KV-cache page may have.
 pub(crate) const KV_DTYPES: &[DType] = &[DType::F32, DType::Bf16];
 const FLOATS: &[DType] = &[DType::F32, DType::Bf16, DType::F16];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{DeviceChoice, Precision, Queue, open};
+
+    #[test]
+    fn outputs_in_the_memory_of_inputs_are_refused() {
+        let queue = Queue::new(&open(DeviceChoice::Cpu, 1).unwrap());
+        let tensor = |dims: &[usize]| queue.backend().alloc(DType::F32, dims, "test").unwrap();
+        let (x, weight) = (tensor(&[4, 8]), tensor(&[8]));
+        let square = Weight::new(tensor(&[8, 8]));
+        let part = |start| x.narrow(start, 2).unwrap();
+        let product =
+            |x: &Tensor, out: &Tensor| linear(&queue, Pass::Prefill, x, &square, Precision::F32, false, out);
+        assert_eq!(product(&x, &x).unwrap_err().operand, "x");
+        assert_eq!(product(&part(0), &part(1)).unwrap_err().operand, "x");
+        product(&part(0), &part(2)).unwrap();
+        let norm = |output, out: &Tensor| rms_norm(&queue, &part(0), &weight, 1e-6, 0.0, output, out);
+        norm(NormOutput::Assign, &part(0)).unwrap();
+        assert_eq!(norm(NormOutput::Add, &part(0)).unwrap_err().operand, "x");
+        assert_eq!(norm(NormOutput::Assign, &part(1)).unwrap_err().operand, "x");
+        let wide = x.reshape(&[2, 16]).unwrap();
+        assert_eq!(glu(&queue, &wide, Activation::Silu, &part(0)).unwrap_err().operand, "x");
+        let rows = queue.tensor(&[0u32, 1], &[2], "rows").unwrap();
+        assert_eq!(gather_rows(&queue, &x, &rows, &part(0)).unwrap_err().operand, "x");
+        let ids = queue.tensor(&[0u32, 1], &[2], "ids").unwrap();
+        assert_eq!(embed(&queue, &ids, &x, 1.0, &part(0)).unwrap_err().operand, "table");
+        queue.synchronize().unwrap();
+    }
+}

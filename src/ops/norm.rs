@@ -1,6 +1,6 @@
 //! RMSNorm: `y = x / √(mean(x²) + eps) · (offset + weight)`, assigned or added.
 
-use super::{FLOATS, ShapeError, check};
+use super::{FLOATS, ShapeError, check, check_apart};
 use crate::backend::{DType, Queue, Tensor};
 
 /// What becomes of the result.
@@ -38,6 +38,9 @@ pub fn rms_norm(
     check("rms_norm", "x", x, &[DType::F32], &[rows, cols])?;
     check("rms_norm", "weight", weight, FLOATS, &[cols])?;
     check("rms_norm", "out", out, &[DType::F32], &[rows, cols])?;
+    let in_place = output == NormOutput::Assign && x.byte_offset() == out.byte_offset();
+    let inputs = [("weight", weight), ("x", x)];
+    check_apart("rms_norm", out, if in_place { &inputs[..1] } else { &inputs })?;
     let p = RmsNormParams { rows: rows as u32, cols: cols as u32, eps, offset, output };
     queue.backend().rms_norm(queue.id(), p, x, weight, out);
     Ok(())

@@ -25,6 +25,9 @@ enum Kind {
 }
 
 struct Owned {
+    /// What was allocated.
+    allocation: NonNull<u8>,
+    /// The first aligned byte of it.
     ptr: NonNull<UnsafeCell<u8>>,
     len: usize,
 }
@@ -38,23 +41,27 @@ unsafe impl Sync for Owned {}
 impl Drop for Owned {
     fn drop(&mut self) {
         // SAFETY: allocated in `Memory::zeroed` with this very layout.
-        unsafe { alloc::dealloc(self.ptr.as_ptr().cast(), layout(self.len)) }
+        unsafe { alloc::dealloc(self.allocation.as_ptr(), layout(self.len)) }
     }
 }
 
+/// Room to align `len` bytes. Asked for with a small alignment: the system then hands out fresh pages, which are zero
+/// and cost nothing until they are used, where for a large one it would write every zero.
 fn layout(len: usize) -> alloc::Layout {
-    alloc::Layout::from_size_align(len.max(1), ALIGN).expect("size checked against isize::MAX at allocation")
+    alloc::Layout::from_size_align(len + ALIGN, 16).expect("size checked against isize::MAX at allocation")
 }
 
 impl Memory {
     /// `len` zero bytes, aligned to a cache line; `None` if the system has no such memory.
     pub fn zeroed(len: usize) -> Option<Memory> {
-        if len > isize::MAX as usize - ALIGN {
+        if len > isize::MAX as usize - 2 * ALIGN {
             return None;
         }
-        // SAFETY: the layout's size is at least 1.
-        let ptr = unsafe { alloc::alloc_zeroed(layout(len)) };
-        Some(Memory(Arc::new(Kind::Owned(Owned { ptr: NonNull::new(ptr.cast())?, len }))))
+        // SAFETY: the layout's size is not 0.
+        let allocation = NonNull::new(unsafe { alloc::alloc_zeroed(layout(len)) })?;
+        // SAFETY: `ALIGN` bytes more than `len` were allocated.
+        let ptr = unsafe { allocation.add(allocation.align_offset(ALIGN)) }.cast();
+        Some(Memory(Arc::new(Kind::Owned(Owned { allocation, ptr, len }))))
     }
 
     /// A whole mapped file; tensors are windows into it.
@@ -71,6 +78,11 @@ impl Memory {
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Whether both are one allocation or one mapping.
+    pub(in crate::backend) fn is_same(&self, other: &Memory) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 
     pub fn is_writable(&self) -> bool {
@@ -137,12 +149,6 @@ impl Tensor {
         assert!(memory.is_writable(), "a mapped file is never an output");
         // SAFETY: in bounds; exclusion as documented at `host_mut`.
         unsafe { std::slice::from_raw_parts_mut(self.cpu_ptr(), self.bytes()) }
-    }
-
-    /// Whether both are views of one allocation.
-    pub(in crate::backend::cpu) fn shares_memory(&self, other: &Tensor) -> bool {
-        let (Storage::Cpu(a), Storage::Cpu(b)) = (self.storage(), other.storage());
-        Arc::ptr_eq(&a.0, &b.0)
     }
 
     /// The elements, for writing, from inside an operation on the executor: at most one live `host_mut` per element.

@@ -60,7 +60,7 @@ pub(super) fn rms_norm(
     let weight: Vec<f32> = vector(weight).iter().map(|w| w + p.offset).collect();
     let per_task = rows_per_task(cols);
     // `x` may be `out` itself: the input row is read through the output in that case.
-    let same = x.byte_offset() == out.byte_offset() && x.shares_memory(out);
+    let same = x.byte_offset() == out.byte_offset() && x.overlaps(out);
     let input = if same { &[][..] } else { x.host::<f32>() };
     team.chunks_mut(out.host_mut::<f32>(), per_task * cols, |task, rows| {
         for (i, y) in rows.chunks_exact_mut(cols).enumerate() {
