@@ -68,7 +68,7 @@ fn every_kind_survives_both_layouts() {
             assert_eq!(*again.config(), FuserConfig { receiver, ..fuser.config().clone() });
             for (a, b) in again.projectors().iter().zip(fuser.projectors()) {
                 for ((name, a), b) in a.tensors().iter().zip(b.tensors().values()) {
-                    let bytes = |tensor| backend.download(queue.id(), tensor).unwrap();
+                    let bytes = |tensor| queue.download(tensor).unwrap();
                     assert_eq!(bytes(a), bytes(b), "{name}");
                 }
             }

@@ -266,7 +266,7 @@ fn contents(fuser: &Fuser, queue: &Queue) -> BTreeMap<String, Vec<u8>> {
     let mut all = BTreeMap::new();
     for (i, projector) in fuser.projectors().iter().enumerate() {
         for (name, tensor) in projector.tensors() {
-            let bytes = queue.backend().download(queue.id(), tensor).unwrap();
+            let bytes = queue.download(tensor).unwrap();
             all.insert(format!("projector_{i}.{name}"), bytes);
         }
         let scalars = [projector.gate_logits[0], projector.gate_logits[1], projector.temperature];

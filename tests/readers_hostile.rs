@@ -55,7 +55,7 @@ fn the_sound_file_loads() {
             ("blk.0.ffn_down.weight", &layer.down.parts[0].matrix),
         ] {
             let at = file.find(name).offset as usize;
-            let bytes = queue.backend().download(queue.id(), tensor).unwrap();
+            let bytes = queue.download(tensor).unwrap();
             assert!(bytes == file.data[at..at + bytes.len()], "{name} holds other bytes");
         }
         let model::Source::Gguf(gguf) = &loaded.source else { panic!("came from a GGUF file") };

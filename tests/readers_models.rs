@@ -106,7 +106,7 @@ fn golden_models_load() {
             (&*format!("model.layers.{last}.mlp.down_proj"), &layer.down.parts[0].matrix),
         ] {
             let expected = file.tensor(&format!("{name}.weight")).unwrap();
-            let found = backend.download(queue.id(), tensor).unwrap();
+            let found = queue.download(tensor).unwrap();
             assert!(found == expected.data(), "{path:?}: {name} holds other bytes");
         }
     }

@@ -252,7 +252,7 @@ pub fn decode_row(queue: &Queue, matrix: &Tensor, row: usize) -> Vec<f64> {
     if !dtype.is_quantized() {
         return queue.download_f32(&row).expect("a download").into_iter().map(f64::from).collect();
     }
-    let bytes = queue.backend().download(queue.id(), &row).expect("a download");
+    let bytes = queue.download(&row).expect("a download");
     let half = |bytes: &[u8]| f16::from_le_bytes([bytes[0], bytes[1]]).to_f64();
     let nibbles = |bytes: &[u8]| -> Vec<f64> {
         bytes.iter().map(|b| b & 15).chain(bytes.iter().map(|b| b >> 4)).map(f64::from).collect()

@@ -158,8 +158,8 @@ pub trait Backend: Send + Sync {
     ) -> Result<Tensor, Error>;
     /// Copies `bytes` (exactly [`Tensor::bytes`]) into `tensor`, in queue order.
     fn upload(&self, queue: usize, bytes: &[u8], tensor: &Tensor);
-    /// Waits for the queue and copies `tensor` out.
-    fn download(&self, queue: usize, tensor: &Tensor) -> Result<Vec<u8>, Error>;
+    /// Waits for the queue and copies `tensor` to `bytes` (exactly [`Tensor::bytes`]).
+    fn download(&self, queue: usize, tensor: &Tensor, bytes: &mut [u8]) -> Result<(), Error>;
 
     // Order.
     fn new_queue(&self) -> usize;
@@ -207,14 +207,23 @@ impl Queue {
         self.backend.upload(self.id, bytemuck::cast_slice(data), tensor)
     }
 
+    /// Waits for the queue and copies the bytes of `tensor` out.
+    pub fn download(&self, tensor: &Tensor) -> Result<Vec<u8>, Error> {
+        let mut bytes = vec![0; tensor.bytes()];
+        self.backend.download(self.id, tensor, &mut bytes)?;
+        Ok(bytes)
+    }
+
     /// Waits for the queue and reads `tensor` as f32 (bf16 and f16 are widened).
     pub fn download_f32(&self, tensor: &Tensor) -> Result<Vec<f32>, Error> {
-        let bytes = self.backend.download(self.id, tensor)?;
+        if tensor.dtype() == DType::F32 {
+            let mut values = vec![0.0f32; tensor.elements()];
+            self.backend.download(self.id, tensor, bytemuck::cast_slice_mut(&mut values))?;
+            return Ok(values);
+        }
+        let bytes = self.download(tensor)?;
         let halves = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
         Ok(match tensor.dtype() {
-            DType::F32 => {
-                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-            }
             DType::Bf16 => halves().map(|h| half::bf16::from_bits(h).to_f32()).collect(),
             DType::F16 => halves().map(|h| half::f16::from_bits(h).to_f32()).collect(),
             other => panic!("a {other} tensor has no plain f32 reading"),

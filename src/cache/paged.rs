@@ -165,12 +165,12 @@ impl PagedKv {
         Ok(PagedKv { layers, shape, dtype, keys, pool })
     }
 
-    /// The pages of one layer, for ops.
     /// Pages of every layer.
     pub fn layers(&self) -> &[KvPages] {
         &self.layers
     }
 
+    /// The pages of one layer, for ops.
     pub fn layer(&self, layer: usize) -> Result<&KvPages, Error> {
         self.layers.get(layer).ok_or(Error::Layer { layer, layers: self.layers.len() })
     }
@@ -240,9 +240,10 @@ impl PagedKv {
         let (staging, staged) = self.staging(queue, slots.len())?;
         let slots = queue.tensor(slots, &[slots.len()], "slots to read")?;
         ops::copy_slots(queue, pages, &slots, &staging, &staged)?;
-        let keys = self.unpage(&queue.download_f32(&staging.keys)?, slots.elements());
-        let values = self.unpage(&queue.download_f32(&staging.values)?, slots.elements());
-        Ok(KvColumns { keys, values })
+        Ok(KvColumns {
+            keys: queue.download_f32(&staging.keys)?,
+            values: queue.download_f32(&staging.values)?,
+        })
     }
 
     /// Writes keys and values to `slots` of `layer`, rounding to the pages' dtype, in the queue's order.
@@ -274,12 +275,11 @@ impl PagedKv {
         }
         let (staging, staged) = self.staging(queue, slots.len())?;
         for (columns, tensor) in [(&columns.keys, &staging.keys), (&columns.values, &staging.values)] {
-            let paged = self.page(columns, tensor.elements());
             match self.dtype {
                 DType::Bf16 => {
-                    queue.upload(&paged.into_iter().map(bf16::from_f32).collect::<Vec<_>>(), tensor)
+                    queue.upload(&columns.iter().copied().map(bf16::from_f32).collect::<Vec<_>>(), tensor)
                 }
-                _ => queue.upload(&paged, tensor),
+                _ => queue.upload(columns, tensor),
             }
         }
         let slots = queue.tensor(slots, &[slots.len()], "slots to write")?;
@@ -294,35 +294,11 @@ impl PagedKv {
         }
     }
 
-    /// Small pages with slots 0..tokens.
+    /// Pages of one token each, which lie like columns, and their slots.
     fn staging(&self, queue: &Queue, tokens: usize) -> Result<(KvPages, crate::backend::Tensor), Error> {
-        let blocks = tokens.div_ceil(self.block_size());
-        let staging =
-            pages(queue.backend(), &self.shape, blocks, self.block_size(), self.dtype, "KV-cache staging")?;
+        let staging = pages(queue.backend(), &self.shape, tokens, 1, self.dtype, "KV-cache staging")?;
         let slots: Vec<u32> = (0..tokens as u32).collect();
         Ok((staging, queue.tensor(&slots, &[tokens], "staging slots")?))
-    }
-
-    /// Element offset of each (token, head) in pages that hold the tokens in order.
-    fn page_offsets(&self, tokens: usize) -> impl Iterator<Item = usize> {
-        let (size, heads, dim) = (self.block_size(), self.shape.kv_heads, self.shape.head_dim);
-        (0..tokens).flat_map(move |token| {
-            (0..heads).map(move |head| ((token / size * heads + head) * size + token % size) * dim)
-        })
-    }
-
-    fn unpage(&self, paged: &[f32], tokens: usize) -> Vec<f32> {
-        self.page_offsets(tokens).flat_map(|at| &paged[at..at + self.shape.head_dim]).copied().collect()
-    }
-
-    fn page(&self, columns: &[f32], elements: usize) -> Vec<f32> {
-        let dim = self.shape.head_dim;
-        let mut paged = vec![0.0; elements];
-        let tokens = columns.len() / self.shape.width();
-        for (at, row) in self.page_offsets(tokens).zip(columns.chunks_exact(dim)) {
-            paged[at..at + dim].copy_from_slice(row);
-        }
-        paged
     }
 }
 

@@ -10,19 +10,16 @@ use crate::{
     durable::{OutgoingTensor, WriteError, write_safetensors},
 };
 use half::bf16;
-use safetensors::{Dtype, tensor::Metadata};
+use safetensors::{Dtype, SafeTensors, tensor::Metadata};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{
-    fs::File,
-    io::{self, Read},
+    fs, io,
     path::{Path, PathBuf},
 };
 
 const FORMAT: &str = "c2c.kv";
 const VERSION: &str = "1";
-/// Longest header the safetensors format allows.
-const MAX_HEADER: u64 = 100_000_000;
 
 /// Why a snapshot can't be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -190,22 +187,10 @@ impl Snapshot {
     fn read(path: &Path, domain: Option<&Domain>) -> Result<Snapshot, SnapshotError> {
         let io = |source| SnapshotError::Io { path: path.into(), source };
         let wrong = |what: &dyn ToString| SnapshotError::Format { path: path.into(), what: what.to_string() };
-        let mut file = File::open(path).map_err(io)?;
-        let file_len = file.metadata().map_err(io)?.len();
-        let mut header_len = [0; 8];
-        file.read_exact(&mut header_len).map_err(|_| wrong(&"shorter than a header"))?;
-        let header_len = u64::from_le_bytes(header_len);
-        if header_len > MAX_HEADER || header_len + 8 > file_len {
-            return Err(wrong(&format!("a header of {header_len} bytes in a file of {file_len}")));
-        }
-        let mut header = vec![0; header_len as usize];
-        file.read_exact(&mut header).map_err(io)?;
-        // Refuses tensors that overlap, leave gaps or don't fit their shapes.
-        let header: Metadata = serde_json::from_slice(&header).map_err(|error| wrong(&error))?;
-        if header.data_len() as u64 != file_len - 8 - header_len {
-            let found = file_len - 8 - header_len;
-            return Err(wrong(&format!("{found} bytes of data where {} are announced", header.data_len())));
-        }
+        let file = fs::read(path).map_err(io)?;
+        // Refuses tensors that overlap, leave gaps or don't fit their shapes or the file.
+        let (header_len, header) = SafeTensors::read_metadata(&file).map_err(|error| wrong(&error))?;
+        let data = &file[8 + header_len..];
         let entry = |key: &str| header.metadata().as_ref().and_then(|metadata| metadata.get(key));
         let required = |key: &str| entry(key).ok_or_else(|| wrong(&format!("no `{key}` in its metadata")));
         if required("format")? != FORMAT {
@@ -222,12 +207,6 @@ impl Snapshot {
         }
         let names = layout(&description, &header).map_err(|what| wrong(&what))?;
 
-        let mut data = Vec::new();
-        data.try_reserve_exact(header.data_len()).map_err(|error| wrong(&error))?;
-        file.read_to_end(&mut data).map_err(io)?;
-        if data.len() != header.data_len() {
-            return Err(wrong(&"it changed while it was read"));
-        }
         let tensors = names.iter().filter_map(|name| header.info(name));
         let tensors: Vec<&[u8]> =
             tensors.map(|info| &data[info.data_offsets.0..info.data_offsets.1]).collect();

@@ -61,15 +61,6 @@ impl Sampler {
         Ok(Sampler { params, counts: TokenCounts::new(prompt), step: 0, adjusted: Vec::new() })
     }
 
-    pub fn params(&self) -> &SamplingParams {
-        &self.params
-    }
-
-    /// Tokens drawn so far.
-    pub fn step(&self) -> u32 {
-        self.step
-    }
-
     /// Draws the next token from `logits` (`[vocab]`, one row) and takes it as the answer's next.
     pub fn sample(&mut self, logits: &[f32]) -> Result<Sampled, SamplingError> {
         let mut adjusted = std::mem::take(&mut self.adjusted);
@@ -113,8 +104,8 @@ impl Sampler {
     }
 
     fn argmax(&self, row: &[f32]) -> Result<u32, SamplingError> {
-        self.check(row)?;
-        select::argmax(row).ok_or_else(|| self.unusable("no token is possible"))
+        let max = self.check(row)?;
+        select::position(row, max).ok_or_else(|| self.unusable("no token is possible"))
     }
 
     fn draw(&self, row: &[f32]) -> Result<u32, SamplingError> {

@@ -26,10 +26,9 @@ pub(super) fn find_nan(row: &[f32]) -> Option<usize> {
     if any { row.iter().position(|x| x.is_nan()) } else { None }
 }
 
-/// Index of the largest value, the lowest of equals; `None` if nothing is above −∞.
-pub(super) fn argmax(row: &[f32]) -> Option<u32> {
-    let max = max(row);
-    (max > f32::NEG_INFINITY).then(|| row.iter().position(|&x| x == max).map(|i| i as u32))?
+/// Index of the first `value`.
+pub(super) fn position(row: &[f32], value: f32) -> Option<u32> {
+    row.iter().position(|&x| x == value).map(|i| i as u32)
 }
 
 /// The `k` largest (index, value) of `row`, largest first and lower indices before higher ones of the same value.
@@ -66,6 +65,12 @@ pub(super) fn top(row: &[f32], k: usize) -> Vec<(u32, f32)> {
 mod tests {
     use super::*;
     use crate::rng::{Purpose, Rng, Stream};
+
+    /// As greedy sampling does it: the first of the largest; `None` if nothing is above −∞.
+    fn argmax(row: &[f32]) -> Option<u32> {
+        let max = max(row);
+        if max > f32::NEG_INFINITY { position(row, max) } else { None }
+    }
 
     #[test]
     fn top_is_the_head_of_a_sort() {

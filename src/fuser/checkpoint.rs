@@ -103,7 +103,7 @@ pub(super) fn outgoing<'a>(fuser: &'a Fuser, queue: &'a Queue) -> Vec<OutgoingTe
                 name: format!("{prefix}{name}"),
                 dtype: file_dtype,
                 shape: tensor.shape().to_vec(),
-                bytes: Box::new(move || Ok(queue.backend().download(queue.id(), tensor)?)),
+                bytes: Box::new(move || Ok(queue.download(tensor)?)),
             });
         }
         if fuser.config().kind.has_gates() {

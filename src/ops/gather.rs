@@ -61,8 +61,8 @@ pub fn gather_rows(queue: &Queue, x: &Tensor, rows: &Tensor, out: &Tensor) -> Re
     Ok(())
 }
 
-/// Copies keys and values of `from_slots` (U32`[n]`) to `to_slots` (U32`[n]`). Pages may be the same, of equal shape
-/// but for the number of blocks; slots must then not overlap.
+/// Copies keys and values of `from_slots` (U32`[n]`) to `to_slots` (U32`[n]`), between pages of the same heads whatever
+/// their number and size of blocks. Pages may be the same; slots must then not overlap.
 pub fn copy_slots(
     queue: &Queue,
     from: &KvPages,
@@ -72,8 +72,7 @@ pub fn copy_slots(
 ) -> Result<(), ShapeError> {
     from.check("copy_slots", "from.keys", "from.values")?;
     to.check("copy_slots", "to.keys", "to.values")?;
-    let mut dims = from.keys.shape().to_vec();
-    dims[0] = to.blocks();
+    let dims = [to.blocks(), from.kv_heads(), to.block_size(), from.head_dim()];
     check("copy_slots", "to.keys", &to.keys, &[from.keys.dtype()], &dims)?;
     let n = from_slots.elements();
     check("copy_slots", "from_slots", from_slots, &[DType::U32], &[n])?;

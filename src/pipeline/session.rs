@@ -10,7 +10,7 @@ use crate::{
     align::{AlignedPrompt, Aligner, Alignment, ChatOptions, Fraction, LayerMapping},
     backend::{self, Backend, DType, DeviceChoice, Precision, Queue},
     engine::SamplingParams,
-    fuser::{self, Fuser, FuserConfig, FusionMode, GateOverride, Gates, Kind, Mapping},
+    fuser::{self, Fuser, FuserConfig, FusionMode, GateOverride, Gates, Kind},
     model::Goal,
     tokenizer::{Message, TemplateOptions},
 };
@@ -104,13 +104,16 @@ impl FuserChoice {
                 let layers = (receiver.decoder.config.layers, sharer.decoder.config.layers);
                 let sources: Vec<usize> =
                     mapping.sources(layers.0, layers.1).iter().map(|sources| sources[0]).collect();
-                let rule = match mapping {
-                    LayerMapping::LastAligned { .. } => Mapping::LastAligned,
-                    LayerMapping::KNearest { .. } => Mapping::KNearest,
-                };
                 let (kind, width) = (Kind::C2c, Self::INIT_HIDDEN);
-                let config =
-                    FuserConfig::new(kind, width, width, rule, &sources, ours.clone(), theirs.clone());
+                let config = FuserConfig::new(
+                    kind,
+                    width,
+                    width,
+                    mapping.into(),
+                    &sources,
+                    ours.clone(),
+                    theirs.clone(),
+                );
                 Fuser::init(config, *seed, backend)?
             }
         };

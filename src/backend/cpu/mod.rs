@@ -98,9 +98,10 @@ impl Backend for Cpu {
         self.executor.issue(queue, move |_| tensor.host_bytes_mut().copy_from_slice(&bytes));
     }
 
-    fn download(&self, queue: usize, tensor: &Tensor) -> Result<Vec<u8>, Error> {
+    fn download(&self, queue: usize, tensor: &Tensor, bytes: &mut [u8]) -> Result<(), Error> {
         self.executor.synchronize(queue)?;
-        Ok(tensor.host_bytes().to_vec())
+        bytes.copy_from_slice(tensor.host_bytes());
+        Ok(())
     }
 
     fn new_queue(&self) -> usize {
