@@ -57,7 +57,7 @@ pub enum Alignment {
     First,
     /// The sharer reads one token of its own for each receiver token: see [`Strategy::Longest`].
     Longest,
-    /// The sharer reads the text in its own tokenisation: see [`super::span`].
+    /// The sharer reads the text in its own tokenisation: see [`span`].
     #[default]
     Span,
 }
@@ -120,10 +120,6 @@ impl Aligner {
             None => Vec::new(),
         };
         Ok(Aligner { receiver: receiver.clone(), sharers: sharers.to_vec(), alignment, by_token })
-    }
-
-    pub fn alignment(&self) -> Alignment {
-        self.alignment
     }
 
     /// A conversation, rendered by each model's own chat template. Messages are fused, template text is not; with

@@ -95,23 +95,12 @@ pub struct Fraction {
 pub struct BadFraction(String);
 
 impl Fraction {
-    /// Everything.
-    pub const ALL: Fraction = Fraction { share: 1.0, portion: Portion::Front };
-
     pub fn new(share: f64, portion: Portion) -> Result<Fraction, BadFraction> {
         if (0.0..=1.0).contains(&share) {
             Ok(Fraction { share, portion })
         } else {
             Err(BadFraction(share.to_string()))
         }
-    }
-
-    pub fn share(&self) -> f64 {
-        self.share
-    }
-
-    pub fn portion(&self) -> Portion {
-        self.portion
     }
 
     /// Keeps the first or last `⌊share · n⌋` of the `n` tokens that `sections` would fuse. Neighbours that nothing is

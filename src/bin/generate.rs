@@ -8,7 +8,7 @@ use c2c::{
     pipeline::{self, Answer, ComputeType, FuserChoice, Mode, Overlap, Question, Session, SessionOptions},
     tokenizer::{Message, TemplateOptions},
 };
-use clap::{ArgGroup, Parser, ValueEnum};
+use clap::{ArgGroup, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     error::Error,
@@ -39,7 +39,7 @@ struct Args {
     fuser: Vec<FuserChoice>,
     /// Who answers
     #[arg(long, value_enum, default_value = "c2c", help_heading = "Models")]
-    mode: ModeArg,
+    mode: Mode,
 
     /// The question, as one user message
     #[arg(long, value_name = "TEXT", group = "question", help_heading = "Question")]
@@ -157,7 +157,7 @@ struct Args {
 
     /// Caches and arithmetic: f32 (exact) or bf16 (fast)
     #[arg(long, value_enum, default_value = "bf16", help_heading = "Machine")]
-    dtype: DtypeArg,
+    dtype: ComputeType,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", help_heading = "Machine")]
     device: DeviceChoice,
@@ -166,7 +166,7 @@ struct Args {
     threads: usize,
     /// Run prefills and fuser one after the other (off) or layer by layer (layers); same result
     #[arg(long, value_enum, default_value = "layers", help_heading = "Machine")]
-    overlap: OverlapArg,
+    overlap: Overlap,
 
     /// Print one JSON object instead of text (see docs/answer.md)
     #[arg(long, help_heading = "Output")]
@@ -174,30 +174,6 @@ struct Args {
     /// Write ids, logits, caches and sequences of --input
     #[arg(long, value_name = "FILE.safetensors", conflicts_with_all = ["prompt", "messages"], help_heading = "Output")]
     dump: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum ModeArg {
-    /// The receiver, on a cache fused with the sharers'
-    C2c,
-    /// The receiver alone
-    Receiver,
-    /// The sharer alone
-    Sharer,
-    /// Text-to-text: the sharer writes background, the receiver reads it and answers
-    T2t,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum DtypeArg {
-    F32,
-    Bf16,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum OverlapArg {
-    Off,
-    Layers,
 }
 
 fn main() -> ExitCode {
@@ -279,12 +255,7 @@ fn replay(args: &Args, session: &Session, params: &SamplingParams) -> Result<(),
 
 fn options(args: &Args) -> SessionOptions {
     SessionOptions {
-        mode: match args.mode {
-            ModeArg::C2c => Mode::C2c,
-            ModeArg::Receiver => Mode::Receiver,
-            ModeArg::Sharer => Mode::Sharer,
-            ModeArg::T2t => Mode::T2t,
-        },
+        mode: args.mode,
         receiver: args.receiver.clone(),
         sharers: args.sharer.clone(),
         fusers: args.fuser.clone(),
@@ -293,16 +264,10 @@ fn options(args: &Args) -> SessionOptions {
         mapping: args.mapping,
         gates: args.gates.clone(),
         fraction: args.fraction,
-        dtype: match args.dtype {
-            DtypeArg::F32 => ComputeType::F32,
-            DtypeArg::Bf16 => ComputeType::Bf16,
-        },
+        dtype: args.dtype,
         device: args.device,
         threads: args.threads,
-        overlap: match args.overlap {
-            OverlapArg::Off => Overlap::Off,
-            OverlapArg::Layers => Overlap::Layers,
-        },
+        overlap: args.overlap,
     }
 }
 

@@ -35,7 +35,7 @@ use std::{path::Path, sync::Arc};
 #[derive(Clone)]
 pub struct Fuser {
     config: FuserConfig,
-    projectors: Vec<LayerProjector>,
+    projectors: Arc<[LayerProjector]>,
     /// By receiver layer.
     routes: Vec<Option<Route>>,
 }
@@ -97,7 +97,7 @@ impl Fuser {
         for route in &config.routes {
             routes[route.receiver] = Some(*route);
         }
-        Fuser { config, projectors, routes }
+        Fuser { config, projectors: projectors.into(), routes }
     }
 
     /// Saves into the folder `path` as `fuser.safetensors` and `fuser.json`. A crash at any point leaves the old

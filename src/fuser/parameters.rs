@@ -83,8 +83,8 @@ pub(super) fn parameters(config: &FuserConfig) -> Vec<Parameter> {
 /// The projector of one receiver layer.
 #[derive(Clone)]
 pub struct LayerProjector {
-    pub keys: Projector,
-    pub values: Projector,
+    pub keys: Arc<Projector>,
+    pub values: Arc<Projector>,
     /// Of keys and values; a gate is open where it is positive. Positive too where the kind has no gates.
     pub gate_logits: [f32; 2],
     /// Of the gates in training.
@@ -100,8 +100,8 @@ impl LayerProjector {
 
     fn new(kind: Kind, tensors: BTreeMap<String, Tensor>, scalars: [f32; 3]) -> LayerProjector {
         LayerProjector {
-            keys: assemble(kind, "key", &tensors),
-            values: assemble(kind, "value", &tensors),
+            keys: assemble(kind, "key", &tensors).into(),
+            values: assemble(kind, "value", &tensors).into(),
             gate_logits: [scalars[0], scalars[1]],
             temperature: scalars[2],
             tensors,

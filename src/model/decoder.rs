@@ -23,7 +23,7 @@ pub enum Goal {
     Hidden,
 }
 
-/// Activations of up to [`Activations::capacity`] tokens, allocated once per session.
+/// Activations of up to [`Activations::capacity`] tokens, allocated once a lane.
 pub struct Activations {
     capacity: usize,
     /// The residual stream, F32`[capacity, hidden]`.
@@ -64,11 +64,6 @@ impl Activations {
     /// Most tokens of one pass.
     pub fn capacity(&self) -> usize {
         self.capacity
-    }
-
-    /// The residual stream of the first `tokens` rows, F32`[tokens, hidden]`.
-    pub fn residual(&self, tokens: usize) -> Tensor {
-        first(&self.residual, tokens)
     }
 }
 

@@ -314,10 +314,6 @@ impl Gguf {
         self.tensors.get(name)
     }
 
-    pub fn contains(&self, key: &str) -> bool {
-        self.metadata.contains_key(key)
-    }
-
     /// The value of an optional key by one of the readers below: `Ok(None)` only where the key is absent.
     fn scalar<T>(
         &self,

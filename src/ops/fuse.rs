@@ -5,6 +5,7 @@
 
 use super::{KvPages, ShapeError, Weight, check, check_apart};
 use crate::backend::{DType, Precision, Queue, Tensor};
+use std::sync::Arc;
 
 /// `y = x + W2 · gelu_erf(W1 · rms_norm(x))`, no biases.
 #[derive(Clone, Debug)]
@@ -68,8 +69,8 @@ pub struct FuseParams {
 /// Operands of [`fuse`]. All slots U32`[tokens]`.
 #[derive(Clone, Debug)]
 pub struct FuseOperands {
-    pub keys: Projector,
-    pub values: Projector,
+    pub keys: Arc<Projector>,
+    pub values: Arc<Projector>,
     /// The sharer's layer, and for each fused token the slot of the column aligned with it.
     pub source: KvPages,
     pub source_slots: Tensor,

@@ -13,11 +13,12 @@ use crate::{
     model::Goal,
     ops::{self, KvPages},
 };
+use clap::ValueEnum;
 use serde::Serialize;
 use std::time::Duration;
 
 /// `--overlap`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Overlap {
     /// Sharers, then the receiver, then the fuser.

@@ -5,7 +5,7 @@
 //! out (nothing attends to them) and stay zero in the dump.
 
 use super::{
-    Error, Link, Mode, Prompt, Session, SharerPrompt, Stream, WantedLogits, generate, session::capped,
+    Error, Lane, Mode, Prompt, Session, SharerPrompt, Stream, WantedLogits, generate, session::capped,
 };
 use crate::{
     align::Section,
@@ -48,6 +48,7 @@ impl ReplayInput {
     pub fn read(path: &Path) -> Result<ReplayInput, Error> {
         let bytes = std::fs::read(path).map_err(|error| malformed(path, error.to_string()))?;
         let file = SafeTensors::deserialize(&bytes).map_err(|error| malformed(path, error.to_string()))?;
+        // The only error is that there is no such tensor: all of them are optional here.
         let find = |name: &str| file.tensor(name).ok();
         let numbers = |name: &str| -> Result<Option<Numbers>, Error> {
             let Some(view) = find(name) else { return Ok(None) };
@@ -248,15 +249,10 @@ pub fn replay(session: &Session, path: &Path, params: &SamplingParams) -> Result
                 }
             }
         }
-        dump_cache(&link, &kept, row, &input, &mut dump)?;
-        for (index, theirs) in read.iter().enumerate() {
-            let lane = &link.sharers[index];
-            for layer in 0..lane.kv.layers().len() {
-                let KvColumns { keys, values } = lane.read(layer, 0, theirs.len())?;
-                let name = |what: &str| format!("sharer{}.{what}.{layer}", index + 1);
-                dump.cache(&name("key"), rows, last, row, theirs, lane, &keys);
-                dump.cache(&name("value"), rows, last, row, theirs, lane, &values);
-            }
+        dump.caches("fused", &link.receiver, Place { rows, width, row, kept: &kept })?;
+        for (index, (lane, theirs)) in link.sharers.iter().zip(&read).enumerate() {
+            let place = Place { rows, width: last, row, kept: theirs };
+            dump.caches(&format!("sharer{}", index + 1), lane, place)?;
         }
         if params.max_new_tokens > 0 {
             let at = logits.len() - vocab;
@@ -299,45 +295,17 @@ fn plain_receiver(
     };
     let mut link = session.link(before, &vec![0; session.sharers.len()])?;
     link.prefill(&unfused, WantedLogits::Last)?;
-    let lane = &link.receiver;
-    for layer in 0..lane.kv.layers().len() {
-        let KvColumns { keys, values } = lane.read(layer, 0, before)?;
-        dump.cache(
-            &format!("plain_receiver.key.{layer}"),
-            input.rows,
-            last,
-            row,
-            &kept[..before],
-            lane,
-            &keys,
-        );
-        dump.cache(
-            &format!("plain_receiver.value.{layer}"),
-            input.rows,
-            last,
-            row,
-            &kept[..before],
-            lane,
-            &values,
-        );
-    }
-    Ok(())
+    let place = Place { rows: input.rows, width: last, row, kept: &kept[..before] };
+    dump.caches("plain_receiver", &link.receiver, place)
 }
 
-fn dump_cache(
-    link: &Link,
-    kept: &[usize],
+/// Where tokens of one row of the batch stand in a dumped tensor: in which columns, of how many.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    rows: usize,
+    width: usize,
     row: usize,
-    input: &ReplayInput,
-    dump: &mut Dump,
-) -> Result<(), Error> {
-    let lane = &link.receiver;
-    for layer in 0..lane.kv.layers().len() {
-        let KvColumns { keys, values } = lane.read(layer, 0, kept.len())?;
-        dump.cache(&format!("fused.key.{layer}"), input.rows, input.width, row, kept, lane, &keys);
-        dump.cache(&format!("fused.value.{layer}"), input.rows, input.width, row, kept, lane, &values);
-    }
-    Ok(())
+    kept: &'a [usize],
 }
 
 /// `−log softmax(logits)[label]`
@@ -368,24 +336,21 @@ impl Dump {
         }
     }
 
-    /// `data` `[tokens, kv_heads, head_dim]` into `[rows, kv_heads, width, head_dim]` at the kept columns.
-    #[allow(clippy::too_many_arguments)]
-    fn cache(
-        &mut self,
-        name: &str,
-        rows: usize,
-        width: usize,
-        row: usize,
-        kept: &[usize],
-        lane: &super::Lane,
-        data: &[f32],
-    ) {
+    /// The first tokens of `lane`, `[tokens, kv_heads, head_dim]`, into `{prefix}.key.{l}` and `{prefix}.value.{l}`,
+    /// `[rows, kv_heads, width, head_dim]`, at their place.
+    fn caches(&mut self, prefix: &str, lane: &Lane, place: Place) -> Result<(), Error> {
         let (heads, dim) = (lane.decoder.config.kv_heads, lane.decoder.config.head_dim);
-        let places: Vec<usize> = kept
-            .iter()
+        let Place { rows, width, row, kept } = place;
+        let places: Vec<usize> = (kept.iter())
             .flat_map(|&column| (0..heads).map(move |head| (row * heads + head) * width + column))
             .collect();
-        self.scatter(name, &[rows, heads, width, dim], &places, data);
+        for layer in 0..lane.kv.layers().len() {
+            let KvColumns { keys, values } = lane.read(layer, 0, kept.len())?;
+            for (what, data) in [("key", keys), ("value", values)] {
+                self.scatter(&format!("{prefix}.{what}.{layer}"), &[rows, heads, width, dim], &places, &data);
+            }
+        }
+        Ok(())
     }
 
     fn sequences(&mut self, input: &ReplayInput, answers: &[(usize, super::Generation)]) {

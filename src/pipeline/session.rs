@@ -14,37 +14,40 @@ use crate::{
     model::Goal,
     tokenizer::{Message, TemplateOptions},
 };
+use clap::ValueEnum;
 use serde::Serialize;
 use std::{
     num::ParseIntError,
     path::{Path, PathBuf},
     str::FromStr,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 /// Tokens of a cache block.
 const BLOCK_SIZE: usize = 16;
 
-/// Who answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// `--mode`: who answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// The receiver, on a cache fused with the sharers'.
     C2c,
     /// The receiver alone.
     Receiver,
-    /// The (first) sharer alone.
+    /// The sharer alone, the first of several.
     Sharer,
-    /// The sharer writes down background, the receiver reads it and answers.
+    /// Text-to-text: the sharer writes down background, the receiver reads it and answers.
     T2t,
 }
 
 /// `--dtype`: what caches are kept in, and how exact the arithmetic is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum ComputeType {
+    /// Exact.
     F32,
+    /// Fast: products as the weights' format allows.
     Bf16,
 }
 
@@ -159,6 +162,7 @@ pub struct Session {
     /// For each fuser, per receiver layer.
     pub gates: Vec<Gates>,
     options: SessionOptions,
+    aligner: OnceLock<Aligner>,
     load: Duration,
 }
 
@@ -209,7 +213,8 @@ impl Session {
                 fusers.push(fuser);
             }
         }
-        Ok(Session { backend, receiver, sharers, fusers, gates, options, load: start.elapsed() })
+        let (aligner, load) = (OnceLock::new(), start.elapsed());
+        Ok(Session { backend, receiver, sharers, fusers, gates, options, aligner, load })
     }
 
     pub fn mode(&self) -> Mode {
@@ -358,11 +363,20 @@ impl Session {
         Ok(answer)
     }
 
-    fn aligned(&self, question: &Question) -> Result<(AlignedPrompt, Duration), Error> {
+    /// Made for the first question, then kept: it remembers what it has aligned.
+    fn aligner(&self) -> Result<&Aligner, Error> {
+        if let Some(aligner) = self.aligner.get() {
+            return Ok(aligner);
+        }
         let receiver = self.receiver()?.tokenizer()?;
         let sharers =
             self.sharers.iter().map(|model| model.tokenizer().cloned()).collect::<Result<Vec<_>, _>>()?;
         let aligner = Aligner::new(receiver, &sharers, self.options.alignment)?;
+        Ok(self.aligner.get_or_init(|| aligner))
+    }
+
+    fn aligned(&self, question: &Question) -> Result<(AlignedPrompt, Duration), Error> {
+        let aligner = self.aligner()?;
         let start = Instant::now();
         let mut prompt = match question {
             Question::Raw(text) => aligner.raw(text)?,

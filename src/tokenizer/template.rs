@@ -53,7 +53,6 @@ pub struct TemplateOptions {
 #[derive(Clone, Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
-    source: String,
     origin: String,
     /// `bos_token`, `eos_token`, … → text; tokens that do not exist stay undefined and print nothing.
     tokens: Vec<(String, String)>,
@@ -101,23 +100,13 @@ impl ChatTemplate {
             reason: chain(&reason),
         };
         environment.add_template_owned(NAME, without_generation_tags(source)).map_err(template_error)?;
-        Ok(Self {
-            environment,
-            source: source.into(),
-            origin: origin.into(),
-            tokens: tokens.into_iter().collect(),
-        })
+        Ok(Self { environment, origin: origin.into(), tokens: tokens.into_iter().collect() })
     }
 
     /// The published fallback for models without a template: `### Human: …` / `### Assistant: …`.
     pub fn human_assistant() -> Self {
         Self::new(HUMAN_ASSISTANT, [], "the built-in human/assistant dialogue")
             .expect("the constant compiles")
-    }
-
-    /// The template as it was given.
-    pub fn source(&self) -> &str {
-        &self.source
     }
 
     /// The conversation as the text that the model was trained to read.
@@ -304,25 +293,10 @@ impl Json<'_> {
     }
 }
 
-/// Escapes as Python's `json` with `ensure_ascii=False`: quotes, backslash and control characters only.
+/// As Python's `json` with `ensure_ascii=False`, which escapes what serde_json does: quotes, backslash and control
+/// characters.
 fn write_json_string(out: &mut String, text: &str) {
-    out.push('"');
-    for char in text.chars() {
-        match char {
-            '"' => out.push_str("\\\""),
-            '\\' => out.push_str("\\\\"),
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            '\u{8}' => out.push_str("\\b"),
-            '\u{c}' => out.push_str("\\f"),
-            control if control < ' ' => {
-                let _ = write!(out, "\\u{:04x}", control as u32);
-            }
-            char => out.push(char),
-        }
-    }
-    out.push('"');
+    out.push_str(&serde_json::Value::from(text).to_string());
 }
 
 /// A number as Python prints it: floats in scientific notation below 1e-4 and from 1e16 on.
