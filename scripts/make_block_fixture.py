@@ -5,6 +5,7 @@ Values come from the `gguf` package's own dequantisation (pip install gguf numpy
 ordinary weights' range, then from the edges of f16: zeros, subnormals, the largest values, infinity, NaN.
 """
 
+from importlib.metadata import version
 from pathlib import Path
 
 import gguf
@@ -46,5 +47,5 @@ for name, (count, scales) in FORMATS.items():
 
 out = Path(__file__).parent.parent / "tests/fixtures/blocks.safetensors"
 out.parent.mkdir(parents=True, exist_ok=True)
-save_file(tensors, out, metadata={"made_by": "scripts/make_block_fixture.py", "gguf": "0.19.0"})
+save_file(tensors, out, metadata={"made_by": "scripts/make_block_fixture.py", "gguf": version("gguf")})
 print(out, out.stat().st_size, "bytes")

@@ -1,6 +1,8 @@
 //! A conversation that goes on: caches brought forward turn by turn are those of one fresh prefill. And a schedule that
 //! runs queues in a random order changes nothing.
 
+mod goldens;
+
 use c2c::{
     align::{Aligner, Alignment, ChatOptions, LayerMapping, Section},
     backend::{
@@ -82,9 +84,8 @@ fn prefill(link: &mut Link, prompt: &Prompt) -> (Vec<(String, Vec<f32>)>, Prefil
 fn assert_equal(found: &[(String, Vec<f32>)], expected: &[(String, Vec<f32>)], tolerance: f32, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for ((name, found), (_, expected)) in found.iter().zip(expected) {
-        assert_eq!(found.len(), expected.len(), "{what}: {name}");
         let largest = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-        let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let worst = goldens::difference(found, expected);
         assert!(worst <= tolerance * largest, "{what}: {name} differs by {worst} of {largest}");
     }
 }

@@ -85,7 +85,7 @@ fn a_kind_without_gates_is_open() {
     }
 }
 
-/// The tensors of a saved fuser, changed by `change`, written back with or without the configuration inside.
+/// The tensors of a saved fuser, changed by `change`, written back without the configuration inside.
 fn rewrite(folder: &Path, change: impl FnOnce(&mut BTreeMap<String, (Vec<usize>, Vec<u8>)>)) {
     let path = folder.join("fuser.safetensors");
     let file = fs::read(&path).unwrap();

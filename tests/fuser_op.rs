@@ -200,20 +200,33 @@ impl Case {
         Columns::new(&self.queue, self.tokens, heads, dim, [&self.target[0], &self.target[1]])
     }
 
-    fn scratch(&self, sharers: usize) -> Tensor {
-        let len = self.fuser.scratch_len(self.tokens) * sharers;
+    fn scratch(&self) -> Tensor {
+        let len = self.fuser.scratch_len(self.tokens);
         self.queue.tensor(&vec![f32::NAN; len], &[len], "scratch").unwrap()
     }
 
     /// Fuses layer 1 from `target` into `out`.
     fn run(&self, gates: [f32; 2], source: &Columns, target: &Columns, out: &Columns, scratch: &Tensor) {
+        self.add(gates, source, target, target, out, scratch)
+    }
+
+    /// As `run`, added to `base`.
+    fn add(
+        &self,
+        gates: [f32; 2],
+        source: &Columns,
+        target: &Columns,
+        base: &Columns,
+        out: &Columns,
+        scratch: &Tensor,
+    ) {
         let call = FuseCall {
             source: &source.pages,
             source_slots: &source.slots,
             target: &target.pages,
             target_slots: &target.slots,
-            base: &target.pages,
-            base_slots: &target.slots,
+            base: &base.pages,
+            base_slots: &base.slots,
             out: &out.pages,
             out_slots: &out.slots,
             scratch,
@@ -238,7 +251,7 @@ fn every_kind_agrees_with_its_formulae() {
             let case = Case::new(kind, dims, tokens, simd);
             let gates = if kind.has_gates() { [1.0, 0.25] } else { [1.0, 1.0] };
             let (source, target) = (case.source(), case.target());
-            case.run(gates, &source, &target, &target, &case.scratch(1));
+            case.run(gates, &source, &target, &target, &case.scratch());
             let out = target.read(&case.queue);
             let (source_width, target_width) = (dims[0] * dims[1], dims[2] * dims[3]);
             for (half, name) in [(0, "key"), (1, "value")] {
@@ -269,7 +282,7 @@ fn a_closed_gate_computes_nothing() {
     // Even a source full of NaN can't do harm.
     let nan = vec![f32::NAN; case.tokens * 8];
     let source = Columns::new(&case.queue, case.tokens, 2, 4, [&nan, &nan]);
-    let (target, scratch) = (case.target(), case.scratch(1));
+    let (target, scratch) = (case.target(), case.scratch());
     case.run([0.0, 0.0], &source, &target, &target, &scratch);
     assert_eq!(target.read(&case.queue), case.target);
     assert!(untouched(&scratch));
@@ -288,11 +301,36 @@ fn a_closed_gate_computes_nothing() {
     assert!(!untouched(&scratch));
 }
 
+/// The second of two parallel sharers reads the plain target, and adds to what the first left.
+#[test]
+fn parallel_sharers_add_up() {
+    let case = Case::new(Kind::C2c, [2, 4, 2, 6], 7, Simd::Avx512);
+    let (source, plain, out, scratch) = (case.source(), case.target(), case.target(), case.scratch());
+    case.run([1.0, 1.0], &source, &plain, &out, &scratch);
+    let [one, two] = [out.read(&case.queue), {
+        case.add([1.0, 1.0], &source, &plain, &out, &out, &scratch);
+        out.read(&case.queue)
+    }];
+    for half in 0..2 {
+        for ((one, two), target) in one[half].iter().zip(&two[half]).zip(&case.target[half]) {
+            let expected = target + 2.0 * (one - target);
+            assert!((two - expected).abs() < 1e-5 * expected.abs().max(4.0), "{two} for {expected}");
+        }
+        assert_ne!(one[half], case.target[half]);
+    }
+}
+
 #[test]
 fn an_untrained_fuser_changes_nothing_until_opened() {
     let case = Case::new(Kind::C2cC, [2, 4, 2, 6], 5, Simd::Avx512);
     assert_eq!(case.fuser.gates(), [[0.0; 2]; 2]);
-    assert_eq!(case.fuser.gates_with(&GateOverride::Open).unwrap(), [[1.0; 2]; 2]);
+    let open = case.fuser.gates_with(&GateOverride::Open).unwrap();
+    assert_eq!(open, [[1.0; 2]; 2]);
+    let (source, target, scratch) = (case.source(), case.target(), case.scratch());
+    case.run(case.fuser.gates()[1], &source, &target, &target, &scratch);
+    assert_eq!(target.read(&case.queue), case.target);
+    case.run(open[1], &source, &target, &target, &scratch);
+    assert_ne!(target.read(&case.queue), case.target);
     let other = Fuser::init(config(Kind::C2cC, case.dims), 3, &case.backend).unwrap();
     let seeded = Fuser::init(config(Kind::C2cC, case.dims), 4, &case.backend).unwrap();
     let print = |fuser: &Fuser| fuser.fingerprint(&case.queue).unwrap();
@@ -319,15 +357,15 @@ fn columns_meet_in_any_order_of_slots() {
         order: slots.iter().map(|&slot| slot as usize).collect(),
         ..out
     };
-    case.run([1.0, 1.0], &source, &target, &out, &case.scratch(1));
-    case.run([1.0, 1.0], &source, &target, &target, &case.scratch(1));
+    case.run([1.0, 1.0], &source, &target, &out, &case.scratch());
+    case.run([1.0, 1.0], &source, &target, &target, &case.scratch());
     assert_eq!(out.read(&case.queue), target.read(&case.queue));
 }
 
 #[test]
 fn operands_that_do_not_fit_are_named() {
     let case = Case::new(Kind::C2c, [2, 4, 2, 6], 5, Simd::Avx512);
-    let (source, target, scratch) = (case.source(), case.target(), case.scratch(1));
+    let (source, target, scratch) = (case.source(), case.target(), case.scratch());
     let small = scratch.narrow(0, 10).unwrap();
     let call = FuseCall {
         source: &source.pages,

@@ -4,7 +4,7 @@ mod command;
 
 use command::*;
 use serde_json::{Value, json};
-use std::fs;
+use std::{collections::BTreeMap, fs};
 
 fn keys(object: &Value) -> Vec<&str> {
     let mut keys: Vec<&str> = object.as_object().expect("an object").keys().map(String::as_str).collect();
@@ -45,44 +45,28 @@ fn each_mode_answers() {
     assert_eq!(t2t["sharer_prompt_tokens"].as_array().map(Vec::len), Some(1));
 }
 
+/// Fields of the document's table, each with the names that its meaning mentions, sorted.
+fn documented(page: &'static str) -> BTreeMap<&'static str, Vec<&'static str>> {
+    let names = |cell: &'static str| -> Vec<&'static str> { cell.split('`').skip(1).step_by(2).collect() };
+    let mut fields = BTreeMap::new();
+    for row in page.lines().filter(|line| line.starts_with("| `")) {
+        let mut cells = row.split(" | ");
+        let (fields_of_row, meaning) = (cells.next().expect("a field"), cells.next().expect("a meaning"));
+        let mut mentioned = names(meaning);
+        mentioned.sort_unstable();
+        names(fields_of_row).into_iter().for_each(|field| drop(fields.insert(field, mentioned.clone())));
+    }
+    fields
+}
+
 #[test]
 fn json_has_the_documented_fields() {
     let answer = json_of(C2C, &[]);
-    let mut fields = [
-        "text",
-        "tokens",
-        "finish_reason",
-        "prompt_tokens",
-        "sharer_prompt_tokens",
-        "timings_ms",
-        "tokens_per_s",
-        "gates",
-        "kv_bytes",
-        "fused_kv_bytes",
-        "peak_rss_bytes",
-        "device",
-        "threads",
-        "dtype",
-        "overlap",
-        "mode",
-        "fused_tokens",
-    ];
-    fields.sort_unstable();
-    assert_eq!(keys(&answer), fields);
-    let timings = [
-        "align",
-        "decode",
-        "first_token",
-        "fuse",
-        "fuse_exposed",
-        "load",
-        "receiver_prefill",
-        "sharer_prefill",
-        "tokenize",
-        "total",
-    ];
-    assert_eq!(keys(&answer["timings_ms"]), timings);
-    assert_eq!(keys(&answer["tokens_per_s"]), ["decode", "receiver_prefill", "sharer_prefill"]);
+    let documented = documented(include_str!("../docs/answer.md"));
+    let fields = documented.keys().copied().filter(|name| !["background", "logprobs"].contains(name));
+    assert_eq!(keys(&answer), fields.collect::<Vec<_>>());
+    assert_eq!(keys(&answer["timings_ms"]), documented["timings_ms"]);
+    assert_eq!(keys(&answer["tokens_per_s"]), documented["tokens_per_s"]);
     let positive = ["load", "receiver_prefill", "sharer_prefill", "first_token", "decode", "total"];
     assert!(positive.iter().all(|phase| answer["timings_ms"][phase].as_f64() > Some(0.0)), "{answer}");
     assert_eq!(answer["gates"], json!([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]));

@@ -4,102 +4,11 @@
 
 mod goldens;
 
-use std::path::Path;
-
-use c2c::tokenizer::{GgufVocab, Message, TemplateOptions, Tokenizer};
-use serde_json::{Map, Value};
-
-/// Metadata of a GGUF file, enough of the format to read vocabularies: tests of the tokenizer need no model.
-struct Metadata<'a>(&'a [u8]);
-
-impl Metadata<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
-        let (head, rest) = self.0.split_first_chunk().unwrap();
-        self.0 = rest;
-        *head
-    }
-
-    fn u64(&mut self) -> u64 {
-        u64::from_le_bytes(self.take())
-    }
-
-    fn string(&mut self) -> String {
-        let len = self.u64() as usize;
-        let (text, rest) = self.0.split_at(len);
-        self.0 = rest;
-        String::from_utf8(text.to_vec()).unwrap()
-    }
-
-    fn value(&mut self, kind: u32) -> Value {
-        match kind {
-            0 => u8::from_le_bytes(self.take()).into(),
-            1 => i8::from_le_bytes(self.take()).into(),
-            2 => u16::from_le_bytes(self.take()).into(),
-            3 => i16::from_le_bytes(self.take()).into(),
-            4 => u32::from_le_bytes(self.take()).into(),
-            5 => i32::from_le_bytes(self.take()).into(),
-            6 => f32::from_le_bytes(self.take()).into(),
-            7 => (self.take::<1>()[0] != 0).into(),
-            8 => self.string().into(),
-            9 => {
-                let kind = u32::from_le_bytes(self.take());
-                (0..self.u64()).map(|_| self.value(kind)).collect()
-            }
-            10 => self.u64().into(),
-            11 => i64::from_le_bytes(self.take()).into(),
-            12 => f64::from_le_bytes(self.take()).into(),
-            other => panic!("value type {other}"),
-        }
-    }
-
-    fn read(path: &Path) -> Map<String, Value> {
-        use std::io::Read;
-        // Vocabularies lie before the tensors; the largest here is under 32 MiB.
-        let mut head = Vec::new();
-        std::fs::File::open(path).unwrap().take(32 << 20).read_to_end(&mut head).unwrap();
-        let mut reader = Metadata(&head);
-        assert_eq!(&reader.take(), b"GGUF");
-        assert_eq!(u32::from_le_bytes(reader.take()), 3);
-        reader.u64();
-        let mut fields = Map::new();
-        for _ in 0..reader.u64() {
-            let name = reader.string();
-            let kind = u32::from_le_bytes(reader.take());
-            fields.insert(name, reader.value(kind));
-        }
-        fields
-    }
-}
-
-fn vocab(path: &Path) -> GgufVocab {
-    let fields = Metadata::read(path);
-    let get = |name: &str| fields.get(&format!("tokenizer.ggml.{name}"));
-    let id = |name: &str| get(&format!("{name}_token_id")).map(|id| id.as_u64().unwrap() as u32);
-    let flag = |name: &str| get(name).map(|flag| flag.as_bool().unwrap());
-    let text = |value: &Value| value.as_str().unwrap().to_string();
-    fn list<T>(value: Option<&Value>, item: impl Fn(&Value) -> T) -> Option<Vec<T>> {
-        Some(value?.as_array().unwrap().iter().map(item).collect())
-    }
-    GgufVocab {
-        model: text(get("model").unwrap()),
-        pre: get("pre").map(text),
-        tokens: list(get("tokens"), text).unwrap(),
-        scores: list(get("scores"), |score| score.as_f64().unwrap() as f32),
-        token_types: list(get("token_type"), |kind| kind.as_i64().unwrap() as i32),
-        merges: list(get("merges"), text),
-        bos: id("bos"),
-        eos: id("eos"),
-        unk: id("unknown"),
-        pad: id("padding"),
-        eot: id("eot"),
-        eom: id("eom"),
-        add_bos: flag("add_bos_token"),
-        add_eos: flag("add_eos_token"),
-        add_space_prefix: flag("add_space_prefix"),
-        chat_template: fields.get("tokenizer.chat_template").map(text),
-        origin: path.display().to_string(),
-    }
-}
+use c2c::{
+    model::Gguf,
+    tokenizer::{GgufVocab, Message, TemplateOptions, Tokenizer},
+};
+use serde_json::Value;
 
 fn fixture() -> Value {
     serde_json::from_str(include_str!("fixtures/llama_cpp_ids.json")).unwrap()
@@ -111,7 +20,8 @@ fn texts() -> Vec<String> {
 
 /// The tokenizer inside a GGUF file.
 fn from_gguf(file: &str) -> Option<Tokenizer> {
-    Some(Tokenizer::from_gguf(&vocab(&goldens::model(file)?)).unwrap())
+    let vocab = Gguf::open(&goldens::model(file)?).unwrap().vocab().unwrap();
+    Some(Tokenizer::from_gguf(&vocab).unwrap())
 }
 
 fn from_shared(name: &str) -> Option<Tokenizer> {
