@@ -5,7 +5,8 @@
     cargo build --release && python scripts/agree.py MODEL.gguf...
 
 Both continue 10 raw prompts by 32 tokens. Where they part, both tokens are shown with the log-probability that each
-program gives to each: gaps of a few hundredths between the two are near-ties, which rounding decides.
+program gives to each. The last row of a model has the largest and the median gap between the two, for llama.cpp and for
+us: both round activations to 8 bits (we with --dtype bf16), which decides near-ties.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main():
     print("|---|---|---|---|---|", flush=True)
     for model in args.models:
         llama = Llama(str(model), n_ctx=128, n_threads=args.threads, logits_all=True, verbose=False)
-        whole = 0
+        whole, gaps = 0, ([], [])
         for prompt in PROMPTS:
             answer = ours(model, prompt, args)
             length, drawn, logprobs = theirs(llama, prompt, args.tokens)
@@ -86,6 +87,9 @@ def main():
             row = [model.stem, json.dumps(prompt, ensure_ascii=False), f"{at}"]
             if at < args.tokens:
                 top = dict(map(tuple, answer["logprobs"][at]["top"]))
+                gaps[0].append(logprobs[at][drawn[at]] - logprobs[at][found[at]])
+                if drawn[at] in top and found[at] in top:
+                    gaps[1].append(top[found[at]] - top[drawn[at]])
                 for token in (drawn[at], found[at]):
                     text = json.dumps(llama.detokenize([token]).decode(errors="replace"), ensure_ascii=False)
                     here = f"{top[token]:.3f}" if token in top else "not in our top 5"
@@ -93,7 +97,8 @@ def main():
             else:
                 row += ["", ""]
             print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |", flush=True)
-        print(f"| **{model.stem}** | all | {whole} of {len(PROMPTS)} prompts whole | | |", flush=True)
+        most = [f"gap at most {max(g):.2f}, median {np.median(g):.2f}" if g else "" for g in gaps]
+        print(f"| **{model.stem}** | all | {whole} of {len(PROMPTS)} whole | {most[0]} | {most[1]} |", flush=True)
         llama.close()
 
 

@@ -240,6 +240,7 @@ fn mutated_weights_never_panic() {
     let backend = backend();
     let seconds = std::env::var("C2C_FUZZ_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(3.0);
     let start = Instant::now();
+    let (mut accepted, mut refused) = (0, 0);
     for round in 0.. {
         if start.elapsed() > Duration::from_secs_f64(seconds / 2.0) {
             break;
@@ -258,8 +259,13 @@ fn mutated_weights_never_panic() {
         // A new file each time: the old one may still be mapped.
         fs::remove_file(&path).unwrap();
         fs::write(&path, &bytes).unwrap();
-        if let Ok(fuser) = Fuser::load(folder.path(), &backend) {
-            assert!(fuser.bytes() <= bytes.len(), "round {round}");
+        match Fuser::load(folder.path(), &backend) {
+            Ok(fuser) => {
+                accepted += 1;
+                assert!(fuser.bytes() <= bytes.len(), "round {round}");
+            }
+            Err(_) => refused += 1,
         }
     }
+    assert!(accepted > 0 && refused > 0, "{accepted} mutants accepted, {refused} refused");
 }
