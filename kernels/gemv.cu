@@ -219,8 +219,10 @@ template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const 
     }
 }
 
-// Blocks a multiprocessor is to hold: 128, 96, 80 registers a thread.
-constexpr int blocks_at_once(int code, int tokens) { return code == F32 || tokens == 8 ? 4 : tokens == 4 ? 5 : 6; }
+// Blocks a multiprocessor is to hold: at most 168, 128, 96, 80 registers a thread.
+constexpr int blocks_at_once(int code, int tokens) { 
+    return code == Q2_K && tokens == 8 ? 3 : code == F32 || tokens == 8 ? 4 : tokens == 4 ? 5 : 6;
+}
 
 #define KERNEL(NAME, CODE, TOKENS)                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS, blocks_at_once(CODE, TOKENS))                               \
