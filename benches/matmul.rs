@@ -15,7 +15,7 @@ use synthetic::{Synthetic, decode_row};
 fn matmul(criterion: &mut Criterion) {
     let machine = Machine::open();
     let mut group = machine.group(criterion, "matmul");
-    let queue = Queue::new(&machine.device);
+    let queue = Queue::new(&machine.device).expect("a queue");
     // Tokens × inputs × outputs.
     let cases = [
         (DType::F32, Precision::F32, [512, 1024, 3072]),

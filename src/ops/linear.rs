@@ -1,6 +1,6 @@
 //! Linear map: `out = x · Wᵀ + bias`, or added to `out`.
 
-use super::{FLOATS, ShapeError, check, check_apart};
+use super::{FLOATS, ShapeError, activations, check, check_apart};
 use crate::backend::{DType, Precision, Queue, Tensor};
 
 /// A weight matrix `[rows, cols]`, possibly stacked from parts of different dtypes (q, k, v of one layer; gate and
@@ -63,7 +63,8 @@ pub struct LinearParams {
     pub accumulate: bool,
 }
 
-/// `x` F32`[tokens, cols]`, `out` F32`[tokens, rows]`, not overlapping `x`.
+/// `x` activations `[tokens, cols]`, `out` activations or (always where accumulated) F32 `[tokens, rows]`, not overlapping
+/// `x`.
 pub fn linear(
     queue: &Queue,
     pass: Pass,
@@ -74,7 +75,7 @@ pub fn linear(
     out: &Tensor,
 ) -> Result<(), ShapeError> {
     let tokens = x.rows();
-    check("linear", "x", x, &[DType::F32], &[tokens, weight.cols()])?;
+    check("linear", "x", x, activations(queue), &[tokens, weight.cols()])?;
     for part in &weight.parts {
         let rows = part.matrix.rows();
         check("linear", "weight", &part.matrix, &DType::ALL, &[rows, weight.cols()])?;
@@ -82,7 +83,8 @@ pub fn linear(
             check("linear", "bias", bias, FLOATS, &[rows])?;
         }
     }
-    check("linear", "out", out, &[DType::F32], &[tokens, weight.rows()])?;
+    let outputs = if accumulate { &[DType::F32] } else { activations(queue) };
+    check("linear", "out", out, outputs, &[tokens, weight.rows()])?;
     check_apart("linear", out, &[("x", x)])?;
     let p = LinearParams { tokens: tokens as u32, pass, precision, accumulate };
     queue.backend().linear(queue.id(), p, x, weight, out);
