@@ -5,6 +5,7 @@
 //! so. `*Params` structs are scalars: on a GPU the same struct is the kernel's argument.
 
 mod attention;
+pub mod cases;
 mod embed;
 mod fuse;
 mod gather;
