@@ -21,7 +21,7 @@ fn model(precision: Precision) -> (Model, Queue) {
 }
 
 fn lane(model: &Model, queue: &Queue, dtype: DType) -> Lane {
-    let kv = model.decoder.config.paged_kv(queue.backend(), 16, 7, dtype).unwrap();
+    let kv = model.decoder.config.paged_kv(queue.backend(), 16, 8, dtype).unwrap();
     Lane::new(model.decoder.clone(), queue.clone(), kv, 64).unwrap()
 }
 
@@ -51,7 +51,7 @@ fn a_sequence_does_not_feel_its_neighbours() {
     for (precision, dtype) in MODES {
         let (model, queue) = model(precision);
         let decoder = &model.decoder;
-        let kv = decoder.config.paged_kv(queue.backend(), 100, 7, dtype).unwrap();
+        let kv = decoder.config.paged_kv(queue.backend(), 100, 8, dtype).unwrap();
         let extent = Extent { tokens: 512, sequences: SEQUENCES, context: 64 };
         let activations = Activations::new(queue.backend(), &decoder.config, precision, extent).unwrap();
         let mut tables: Vec<BlockTable> = (0..SEQUENCES).map(|_| BlockTable::new(kv.pool())).collect();

@@ -19,7 +19,7 @@ pub use attention::{AttentionOperands, AttentionParams, paged_attention};
 pub use embed::{EmbedParams, embed};
 pub(crate) use fuse::FUSE_CHUNK;
 pub use fuse::{Ffn, FuseExtent, FuseLayer, FuseOperands, FuseParams, Projector, SourceStage, fuse};
-pub use gather::{KvPages, copy_slots, gather_rows};
+pub use gather::{KvPages, MAX_HEAD_DIM, copy_slots, gather_rows};
 pub use glu::{Activation, GluParams, linear_glu, soft_cap};
 pub use linear::{LinearParams, Pass, Weight, WeightPart, linear};
 pub use norm::{NormOutput, RmsNormParams, rms_norm};

@@ -39,7 +39,7 @@ fn pointwise(all: &mut Vec<Case>) {
         all.push(Case::GatherRows { rows, cols, taken });
     }
     for (kv_heads, head_dim, block_sizes, tokens) in
-        [(1, 8, [1, 7], 5), (3, 54, [16, 16], 33), (2, 64, [16, 4], 19)]
+        [(1, 8, [1, 8], 5), (3, 54, [16, 16], 33), (2, 64, [16, 4], 19)]
     {
         all.push(Case::CopySlots { kv_heads, head_dim, block_sizes, tokens });
     }
@@ -52,7 +52,7 @@ fn pointwise(all: &mut Vec<Case>) {
         (9, 3, 64, 33, 16, None, true),
         (4, 1, 256, 5, 16, Some(DType::Bf16), false),
         (2, 1, 96, 18, 1, Some(DType::F16), true),
-        (3, 3, 54, 6, 7, Some(DType::F32), true),
+        (3, 3, 54, 6, 8, Some(DType::F32), true),
         (16, 8, 128, 3, 16, Some(DType::Bf16), false),
     ] {
         all.push(Case::Rope { heads, kv_heads, head_dim, tokens, block_size, norm, interleaved });
@@ -133,7 +133,7 @@ fn attention(all: &mut Vec<Case>) {
     push(prefill, 4, 1, 256, &[(20, 65), (3, 16)], 16, 24, 0.0);
     push(prefill, 8, 8, 96, &[(19, 130)], 16, 64, 50.0);
     push(prefill, 16, 8, 128, &[(129, 140), (1, 5), (40, 40)], 16, 0, 0.0);
-    push(prefill, 3, 1, 54, &[(9, 30)], 7, 10, 0.0);
+    push(prefill, 3, 1, 54, &[(9, 30)], 8, 10, 0.0);
     push(prefill, 4, 2, 32, &[(65, 65)], 1, 16, 20.0);
     let decode = Pass::Decode;
     push(decode, 1, 1, 8, &[(1, 1)], 16, 0, 0.0);
@@ -143,7 +143,7 @@ fn attention(all: &mut Vec<Case>) {
     push(decode, 8, 8, 96, &[(1, 257), (1, 256)], 16, 0, 50.0);
     push(decode, 16, 8, 128, &[(1, 512), (1, 513), (1, 17)], 16, 0, 0.0);
     push(decode, 16, 2, 128, &[(1, 40)], 16, 16, 0.0);
-    push(decode, 3, 1, 54, &[(1, 30), (1, 8)], 7, 10, 0.0);
+    push(decode, 3, 1, 54, &[(1, 30), (1, 8)], 8, 10, 0.0);
 }
 
 fn fuse(all: &mut Vec<Case>) {
