@@ -17,7 +17,7 @@ struct AttentionArgs {
     const void* q;                 // [tokens, q_stride]; the first heads * head_dim of a row are used
     const void* keys;              // [blocks, kv_heads, block_size, head_dim]
     const void* values;            // the same
-    const uint32_t* cu_q;          // [sequences + 1]: rows of q of each sequence
+    const uint32_t* cu_q;          // [sequences + 1]: rows of q of each sequence; prefill only
     const uint32_t* context;       // [sequences]: keys, the new tokens' own included
     const uint32_t* block_tables;  // [sequences, max_blocks]
     void* out;                     // [tokens, heads * head_dim]
@@ -74,8 +74,7 @@ struct Keys {
     }
 };
 
-// Some consecutive rows of a sequence with at least two new tokens; those with one are decode's. By this alone, so
-// that a prompt's bits do not depend on the pieces it is read in.
+// Some consecutive rows of a sequence.
 struct QueryTile {
     uint32_t sequence;
     uint32_t token;  // the sequence's first, in q
@@ -90,7 +89,6 @@ struct QueryTile {
         for (sequence = 0; sequence < a.sequences; ++sequence) {
             token = a.cu_q[sequence];
             const uint32_t tokens = a.cu_q[sequence + 1] - token;
-            if (tokens < 2) continue;
             const uint32_t total = tokens * group, tiles = div_up(total, ROWS);
             if (tile < tiles) {
                 at = a.context[sequence] - tokens;

@@ -1,4 +1,4 @@
-// Attention of sequences with one new token, over pages: bound by reading the keys and values, each once for all heads
+// Attention of one new token of each sequence, over pages: bound by reading the keys and values, each once for all heads
 // that share them.
 //
 // A sequence's keys are cut into splits (FlashDecoding), whose partial results `attention_combine` adds up in their
@@ -56,11 +56,6 @@ template <uint32_t ROWS> struct GroupPart {
     }
 };
 
-// Whether the sequence has one new token.
-__device__ __forceinline__ bool decodes(const AttentionArgs& a, uint32_t sequence) {
-    return a.cu_q[sequence + 1] - a.cu_q[sequence] == 1;
-}
-
 // One warp's running result, left in shared memory to be merged with those of the block's other warps.
 template <int ROWS, int WIDTH> struct Share {
     float sums[ROWS][WIDTH];
@@ -110,7 +105,6 @@ template <int D> __device__ __forceinline__ void decode(const AttentionArgs& a) 
     const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const GroupPart<16> part(a);
     const uint32_t sequence = blockIdx.z;
-    if (!decodes(a, sequence)) return;
     const Splits splits(a, sequence);
     if (blockIdx.x >= splits.count) return;
     const Keys keys(a, sequence, part.kv_head);
@@ -128,7 +122,7 @@ template <int D> __device__ __forceinline__ void decode(const AttentionArgs& a) 
         cp_async_commit();
     };
 
-    const bf16* q = static_cast<const bf16*>(a.q) + size_t(a.cu_q[sequence]) * a.q_stride + size_t(part.head) * D;
+    const bf16* q = static_cast<const bf16*>(a.q) + size_t(sequence) * a.q_stride + size_t(part.head) * D;
     for (uint32_t i = threadIdx.x; i < 16 * CHUNKS; i += L::WARPS * WARP) {
         const uint32_t r = i / CHUNKS, chunk = i % CHUNKS;
         cp_async16(buffers + L::Q + tile_offset<D>(r, chunk), r < part.heads ? q + i * 8 : q, r < part.heads ? 16 : 0);
@@ -202,7 +196,6 @@ template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void dec
     const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const GroupPart<PLAIN_ROWS> part(a);
     const uint32_t sequence = blockIdx.z;
-    if (!decodes(a, sequence)) return;
     const Splits splits(a, sequence);
     if (blockIdx.x >= splits.count) return;
     const Keys keys(a, sequence, part.kv_head);
@@ -210,7 +203,7 @@ template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void dec
 
     PlainRows<Q, T, SLOTS> rows;
     rows.clear();
-    const Q* q = static_cast<const Q*>(a.q) + size_t(a.cu_q[sequence]) * a.q_stride + size_t(part.head) * a.head_dim;
+    const Q* q = static_cast<const Q*>(a.q) + size_t(sequence) * a.q_stride + size_t(part.head) * a.head_dim;
 #pragma unroll
     for (uint32_t r = 0; r < PLAIN_ROWS; ++r)
         if (r < part.heads) rows.load(rows.q[r], q + r * a.head_dim, a.head_dim);
@@ -245,9 +238,8 @@ PLAINS(256)
 // Adds up the partial results of one head of one sequence. Grid (heads, sequences).
 template <typename T> __device__ __forceinline__ void combine(const AttentionArgs& a) {
     const uint32_t head = blockIdx.x, sequence = blockIdx.y;
-    if (!decodes(a, sequence)) return;
     const uint32_t count = Splits(a, sequence).count;
-    T* out = static_cast<T*>(a.out) + (size_t(a.cu_q[sequence]) * a.heads + head) * a.head_dim;
+    T* out = static_cast<T*>(a.out) + (size_t(sequence) * a.heads + head) * a.head_dim;
     float top = -FLT_MAX;
     for (uint32_t split = 0; split < count; ++split) top = fmaxf(top, Partials(a, sequence, split, head).stats->x);
     for (uint32_t d = threadIdx.x; d < a.head_dim; d += blockDim.x) {

@@ -1,4 +1,4 @@
-// Attention of sequences with two new tokens or more, over pages: out = softmax(scale * Q K^T + mask) V, causal.
+// Attention of any number of new tokens of each sequence, over pages: out = softmax(scale * Q K^T + mask) V, causal.
 // bf16 on tensor cores; see attention.cuh for rows, tiles and why bits depend on neither.
 //
 // Grid (tiles, kv_heads), tiles = tokens * group / ROWS + sequences: see QueryTile. K and V have one buffer each, and
