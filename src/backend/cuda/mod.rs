@@ -5,10 +5,13 @@
 //! the next [`crate::backend::Queue::synchronize`] or download.
 
 mod arena;
+mod attention;
 mod event;
 mod launch;
 mod module;
+mod pages;
 mod pointwise;
+mod rope;
 mod staging;
 
 pub use arena::Memory;
@@ -208,7 +211,9 @@ impl Backend for Cuda {
         match scratch {
             // Both products stay in registers.
             ops::Scratch::LinearGlu { .. } => 0,
-            ops::Scratch::Attention { .. } => todo!(),
+            ops::Scratch::Attention { sequences, heads, head_dim, context } => {
+                attention::scratch_len(sequences, heads, head_dim, context)
+            }
             ops::Scratch::Fuse(_) => todo!(),
         }
     }
@@ -361,18 +366,21 @@ impl Backend for Cuda {
     }
 
     fn rope_kv_write(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeOperands) {
-        let _ = (queue, p, operands);
-        todo!()
+        let (launch, args) = rope::rope_kv_write(p, operands);
+        self.launch(queue, &launch, &args);
     }
 
     fn paged_attention(&self, queue: usize, p: ops::AttentionParams, operands: &ops::AttentionOperands) {
-        let _ = (queue, p, operands);
-        todo!()
+        let (launch, combine, args) = attention::paged_attention(p, operands);
+        self.launch(queue, &launch, &args);
+        if let Some(combine) = combine {
+            self.launch(queue, &combine, &args);
+        }
     }
 
     fn gather_rows(&self, queue: usize, x: &Tensor, rows: &Tensor, out: &Tensor) {
-        let _ = (queue, x, rows, out);
-        todo!()
+        let (launch, args) = pages::gather_rows(x, rows, out);
+        self.launch(queue, &launch, &args);
     }
 
     fn copy_slots(
@@ -383,8 +391,8 @@ impl Backend for Cuda {
         to: &ops::KvPages,
         to_slots: &Tensor,
     ) {
-        let _ = (queue, from, from_slots, to, to_slots);
-        todo!()
+        let (launch, args) = pages::copy_slots(from, from_slots, to, to_slots);
+        self.launch(queue, &launch, &args);
     }
 
     fn soft_cap(&self, queue: usize, cap: f32, x: &Tensor) {
