@@ -5,8 +5,8 @@ mod machine;
 mod synthetic;
 
 use c2c::{
-    backend::{DType, Queue},
-    ops::{self, AttentionOperands, AttentionParams, KvPages},
+    backend::{DType, Precision, Queue},
+    ops::{self, AttentionOperands, AttentionParams, KvPages, Pass, Scratch},
 };
 use criterion::{Criterion, criterion_group, criterion_main};
 use machine::{Machine, Work, assert_close};
@@ -25,9 +25,9 @@ struct Case {
 }
 
 fn attention(criterion: &mut Criterion) {
-    let machine = Machine::open();
+    let Some(machine) = Machine::open() else { return };
     let mut group = machine.group(criterion, "attention");
-    let queue = Queue::new(&machine.device);
+    let queue = Queue::new(&machine.device).expect("a queue");
     let receiver = Case { heads: 16, kv_heads: 8, head_dim: 128, sequences: 1, new: 0, context: 0 };
     let sharer = Case { heads: 14, kv_heads: 2, head_dim: 64, ..receiver };
     let cases = [
@@ -69,15 +69,19 @@ fn bench(
     // The sequences' blocks lie scattered, last first.
     let table: Vec<u32> = (0..blocks).map(|i| (blocks - 1 - i) as u32).collect();
     let cu_q: Vec<u32> = (0..=sequences).map(|s| (s * new) as u32).collect();
+    let scratch = Scratch::Attention { sequences, heads, head_dim, context: max_blocks * BLOCK };
+    let scratch = machine.device.scratch_len(scratch);
     let operands = AttentionOperands {
-        q: synthetic.activations(&[tokens, width]),
+        q: synthetic.activations(Precision::Fast, &[tokens, width]),
         pages,
         cu_q: numbers(&cu_q, &[sequences + 1]),
         context: numbers(&vec![context as u32; sequences], &[sequences]),
         block_tables: numbers(&table, &[sequences, max_blocks]),
-        out: machine.device.alloc(DType::F32, &[tokens, width], "attention output").expect("memory"),
+        out: synthetic.activations(Precision::Fast, &[tokens, width]),
+        scratch: machine.device.alloc(DType::F32, &[scratch], "scratch").expect("memory"),
     };
     let p = AttentionParams {
+        pass: if tokens == sequences { Pass::Decode } else { Pass::Prefill },
         tokens: tokens as u32,
         sequences: sequences as u32,
         heads: heads as u32,

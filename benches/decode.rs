@@ -21,9 +21,9 @@ use synthetic::{Synthetic, ids, lane, receiver, sharer, small, tolerance};
 const CHECKED: usize = 3;
 
 fn decode(criterion: &mut Criterion) {
-    let machine = Machine::open();
+    let Some(machine) = Machine::open() else { return };
     let mut group = machine.group(criterion, "decode");
-    let queue = Queue::new(&machine.device);
+    let queue = Queue::new(&machine.device).expect("a queue");
     let receiver = ("receiver", receiver(28));
     let sharer = ("sharer", sharer(24));
     let cases = [
@@ -75,7 +75,7 @@ fn check(id: &str, decoder: &Decoder, found: &mut Lane, tolerance: f64) {
         precision: Precision::F32,
     };
     let portable: Arc<dyn Backend> = Cpu::with(0, Simd::Portable, Schedule::Steady);
-    let mut plain = lane(&Arc::new(exact), &Queue::new(&portable), CHECKED + 1);
+    let mut plain = lane(&Arc::new(exact), &Queue::new(&portable).expect("a queue"), CHECKED + 1);
     let ids = ids(&decoder.config, CHECKED);
     let [found, expected] = [found, &mut plain].map(|lane| {
         read(lane, &ids);

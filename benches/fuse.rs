@@ -6,7 +6,7 @@ mod synthetic;
 
 use c2c::{
     backend::{DType, Precision, Queue, Tensor},
-    fuser::{FuseCall, Fuser, FuserConfig, Kind, Mapping, Party},
+    fuser::{FuseCall, Fuser, FuserConfig, Kind, LayerCall, Mapping, Party},
     ops::{Ffn, KvPages, Projector, Weight},
 };
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -16,9 +16,9 @@ use synthetic::{Synthetic, decode_row};
 const BLOCK: usize = 16;
 
 fn fuse(criterion: &mut Criterion) {
-    let machine = Machine::open();
+    let Some(machine) = Machine::open() else { return };
     let mut group = machine.group(criterion, "fuse");
-    let queue = Queue::new(&machine.device);
+    let queue = Queue::new(&machine.device).expect("a queue");
     let hidden = if machine.smoke() { 64 } else { 1024 };
     let (receiver, sharer) = (Party::new(1, 8, 128), Party::new(1, 2, 64));
     let mut config =
@@ -44,23 +44,21 @@ fn fuse(criterion: &mut Criterion) {
         };
         // The sharer's columns in another order.
         let (forward, backward) = (slots(|t, _| t), slots(|t, n| n - 1 - t));
-        let scratch =
-            machine.device.alloc(DType::F32, &[fuser.scratch_len(tokens)], "scratch").expect("memory");
+        let scratch = fuser.scratch_len(machine.device.as_ref(), 1, tokens);
+        let scratch = machine.device.alloc(DType::F32, &[scratch], "scratch").expect("memory");
         let run = || {
+            let (layer, base) = (0, &target);
+            let layer = LayerCall { layer, gates, source: &source, target: &target, base, out: &out };
             let call = FuseCall {
-                source: &source,
+                layers: &[layer],
                 source_slots: &backward,
-                target: &target,
                 target_slots: &forward,
-                base: &target,
                 base_slots: &forward,
-                out: &out,
                 out_slots: &forward,
                 scratch: &scratch,
                 precision: Precision::Fast,
-                gates,
             };
-            fuser.issue_layer(&queue, 0, call).expect("shapes that fit");
+            fuser.issue(&queue, call).expect("shapes that fit");
             queue.synchronize().expect("a fused layer");
         };
 

@@ -21,9 +21,9 @@ use synthetic::{Synthetic, ids, lane, pass_flops, receiver, sharer, small, toler
 const CHECKED: usize = 16;
 
 fn prefill(criterion: &mut Criterion) {
-    let machine = Machine::open();
+    let Some(machine) = Machine::open() else { return };
     let mut group = machine.group(criterion, "prefill");
-    let queue = Queue::new(&machine.device);
+    let queue = Queue::new(&machine.device).expect("a queue");
     let receiver = ("receiver", receiver(4), "4 of 28 layers");
     let sharer = ("sharer", sharer(4), "4 of 24 layers");
     let cases = [
@@ -71,12 +71,12 @@ fn check(id: &str, decoder: &Decoder, found: &mut Lane, ids: &[u32], logits: &[f
         precision: Precision::F32,
     });
     let wide = |numbers: Vec<f32>| -> Vec<f64> { numbers.into_iter().map(f64::from).collect() };
-    let queue = Queue::new(found.queue.backend());
+    let queue = Queue::new(found.queue.backend()).expect("a queue");
     let expected = read(&mut lane(&exact, &queue, ids.len()), ids);
     assert_close(&format!("{id}: logits"), logits, &wide(expected), tolerance);
 
     let portable: Arc<dyn c2c::backend::Backend> = Cpu::with(0, Simd::Portable, Schedule::Steady);
-    let mut plain = lane(&exact, &Queue::new(&portable), CHECKED);
+    let mut plain = lane(&exact, &Queue::new(&portable).expect("a queue"), CHECKED);
     read(&mut plain, &ids[..CHECKED]);
     let last = decoder.config.layers - 1;
     let found = found.read(last, 0, CHECKED).expect("columns");

@@ -3,7 +3,7 @@
 use c2c::{
     backend::{DType, DeviceChoice, Precision, Queue, open},
     cache::BlockTable,
-    model::{Activations, Batch, Error, Goal, SequenceStep},
+    model::{Activations, Batch, Error, Extent, Goal, SequenceStep},
     ops::Pass,
     pipeline::{Lane, Model},
 };
@@ -17,11 +17,11 @@ const DECODED: usize = 5;
 fn model(precision: Precision) -> (Model, Queue) {
     let backend = open(DeviceChoice::Cpu, 2).unwrap();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/pair/receiver");
-    (Model::load(&path, &backend, precision, &|_, _| {}).unwrap(), Queue::new(&backend))
+    (Model::load(&path, &backend, precision, &|_, _| {}).unwrap(), Queue::new(&backend).unwrap())
 }
 
 fn lane(model: &Model, queue: &Queue, dtype: DType) -> Lane {
-    let kv = model.decoder.config.paged_kv(queue.backend(), 16, 7, dtype).unwrap();
+    let kv = model.decoder.config.paged_kv(queue.backend(), 16, 8, dtype).unwrap();
     Lane::new(model.decoder.clone(), queue.clone(), kv, 64).unwrap()
 }
 
@@ -51,8 +51,9 @@ fn a_sequence_does_not_feel_its_neighbours() {
     for (precision, dtype) in MODES {
         let (model, queue) = model(precision);
         let decoder = &model.decoder;
-        let kv = decoder.config.paged_kv(queue.backend(), 100, 7, dtype).unwrap();
-        let activations = Activations::new(queue.backend(), &decoder.config, 512).unwrap();
+        let kv = decoder.config.paged_kv(queue.backend(), 100, 8, dtype).unwrap();
+        let extent = Extent { tokens: 512, sequences: SEQUENCES, context: 64 };
+        let activations = Activations::new(queue.backend(), &decoder.config, precision, extent).unwrap();
         let mut tables: Vec<BlockTable> = (0..SEQUENCES).map(|_| BlockTable::new(kv.pool())).collect();
         let mut new: Vec<Vec<u32>> = (0..SEQUENCES).map(prompt).collect();
         let mut together = vec![Vec::new(); SEQUENCES];

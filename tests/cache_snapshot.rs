@@ -55,7 +55,7 @@ fn sequence(kv: &PagedKv, queue: &Queue) -> BlockTable {
 
 fn snapshot(dtype: DType) -> Snapshot {
     let backend: Arc<dyn Backend> = Cpu::new(1);
-    let (kv, queue) = (cache(&backend, dtype), Queue::new(&backend));
+    let (kv, queue) = (cache(&backend, dtype), Queue::new(&backend).unwrap());
     let table = sequence(&kv, &queue);
     let (ids, positions): (Vec<u32>, Vec<u32>) = (0..TOKENS as u32).map(|i| (1000 + i, 40 + i)).unzip();
     Snapshot::capture(&kv, &queue, &table, domain("m"), &ids, &positions).unwrap()
@@ -75,7 +75,7 @@ fn there_and_back() {
         assert_eq!(loaded, saved);
 
         let backend: Arc<dyn Backend> = Cpu::new(1);
-        let (kv, queue) = (cache(&backend, dtype), Queue::new(&backend));
+        let (kv, queue) = (cache(&backend, dtype), Queue::new(&backend).unwrap());
         let table = loaded.restore(&kv, &queue).unwrap();
         assert_eq!(table.len(), TOKENS);
         for (layer, columns) in saved.layers.iter().enumerate() {
@@ -124,7 +124,7 @@ fn another_domain_is_refused_by_field() {
 fn a_cache_of_another_kind_is_refused() {
     let saved = snapshot(DType::Bf16);
     let backend: Arc<dyn Backend> = Cpu::new(1);
-    let queue = Queue::new(&backend);
+    let queue = Queue::new(&backend).unwrap();
     let new = |shape, keys, blocks, dtype| PagedKv::new(&backend, shape, keys, blocks, 4, dtype).unwrap();
     for (kv, name) in [
         (new(SHAPE, keys(), 6, DType::F32), "dtype of the snapshot"),

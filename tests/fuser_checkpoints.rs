@@ -44,7 +44,7 @@ fn complains(path: &Path, words: &[&str]) {
 #[test]
 fn every_kind_survives_both_layouts() {
     let backend = backend();
-    let queue = Queue::new(&backend);
+    let queue = Queue::new(&backend).unwrap();
     for kind in (0..=4).map(Kind::Ablation).chain([Kind::C2c, Kind::C2cC]) {
         for dtype in [DType::F32, DType::Bf16, DType::F16] {
             let fuser = fuser(kind, &backend).to_dtype(dtype, &backend).unwrap();
@@ -105,7 +105,7 @@ fn rewrite(folder: &Path, change: impl FnOnce(&mut BTreeMap<String, (Vec<usize>,
 fn saved(kind: Kind) -> tempfile::TempDir {
     let backend = backend();
     let folder = tempfile::tempdir().unwrap();
-    fuser(kind, &backend).save(folder.path(), &Queue::new(&backend)).unwrap();
+    fuser(kind, &backend).save(folder.path(), &Queue::new(&backend).unwrap()).unwrap();
     folder
 }
 
@@ -168,7 +168,7 @@ fn what_is_not_there_is_said() {
 #[test]
 fn a_half_done_save_is_a_checkpoint() {
     let backend = backend();
-    let queue = Queue::new(&backend);
+    let queue = Queue::new(&backend).unwrap();
     let folder = saved(Kind::C2c);
     let old = fs::read(folder.path().join("fuser.json")).unwrap();
     let new = fuser(Kind::Ablation(1), &backend);
@@ -184,7 +184,7 @@ fn a_half_done_save_is_a_checkpoint() {
 #[test]
 fn a_fuser_in_use_may_be_saved_over() {
     let backend = backend();
-    let queue = Queue::new(&backend);
+    let queue = Queue::new(&backend).unwrap();
     let folder = saved(Kind::C2c);
     let loaded = Fuser::load(folder.path(), &backend).unwrap();
     let before = loaded.fingerprint(&queue).unwrap();
@@ -213,7 +213,7 @@ fn broken_published_layouts_are_named() {
     ];
     for (name, from, to, words) in cases {
         let folder = tempfile::tempdir().unwrap();
-        fuser(Kind::C2c, &backend).save_published(folder.path(), &Queue::new(&backend)).unwrap();
+        fuser(Kind::C2c, &backend).save_published(folder.path(), &Queue::new(&backend).unwrap()).unwrap();
         let path = folder.path().join("final").join(name);
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.contains(from), "{text}");
@@ -221,7 +221,7 @@ fn broken_published_layouts_are_named() {
         complains(folder.path(), words);
     }
     let folder = tempfile::tempdir().unwrap();
-    fuser(Kind::C2c, &backend).save_published(folder.path(), &Queue::new(&backend)).unwrap();
+    fuser(Kind::C2c, &backend).save_published(folder.path(), &Queue::new(&backend).unwrap()).unwrap();
     fs::remove_file(folder.path().join("projectors.safetensors")).unwrap();
     complains(folder.path(), &["projector_0.pt"]);
     fs::write(folder.path().join("final/projector_0.pt"), b"").unwrap();

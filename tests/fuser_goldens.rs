@@ -4,7 +4,9 @@ mod goldens;
 
 use c2c::{
     backend::{Backend, DType, Precision, Queue, Tensor, cpu::Cpu},
-    fuser::{FuseCall, Fuser, FuserConfig, FuserError, Kind, Mapping, Party, Training, require_contract},
+    fuser::{
+        FuseCall, Fuser, FuserConfig, FuserError, Kind, LayerCall, Mapping, Party, Training, require_contract,
+    },
     ops::KvPages,
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -154,7 +156,7 @@ fn run(
     (pages, precision): (DType, Precision),
     backend: &Arc<dyn Backend>,
 ) -> [Vec<f32>; 2] {
-    let queue = Queue::new(backend);
+    let queue = Queue::new(backend).unwrap();
     let (source, target) =
         ((&golden["source_key"], &golden["source_value"]), (&golden["target_key"], &golden["target_value"]));
     let source = Paged::new(&queue, source.0, source.1, 5, pages);
@@ -167,22 +169,26 @@ fn run(
     };
     let fresh = Paged::new(&queue, &zeros, &zeros, 11, pages);
     let out = if in_place { &target } else { &fresh };
-    let scratch = vec![f32::NAN; fuser.scratch_len(target.order.len())];
+    let scratch = vec![f32::NAN; fuser.scratch_len(queue.backend().as_ref(), 1, target.order.len())];
     let scratch = queue.tensor(&scratch, &[scratch.len()], "scratch").unwrap();
-    let call = FuseCall {
+    let layer = LayerCall {
+        layer: 0,
+        gates,
         source: &source.pages,
-        source_slots: &source.slots,
         target: &target.pages,
-        target_slots: &target.slots,
         base: &target.pages,
-        base_slots: &target.slots,
         out: &out.pages,
+    };
+    let call = FuseCall {
+        layers: &[layer],
+        source_slots: &source.slots,
+        target_slots: &target.slots,
+        base_slots: &target.slots,
         out_slots: &out.slots,
         scratch: &scratch,
         precision,
-        gates,
     };
-    fuser.issue_layer(&queue, 0, call).unwrap();
+    fuser.issue(&queue, call).unwrap();
     out.gather(&queue)
 }
 
@@ -303,7 +309,7 @@ fn model_shape(folder: &Path) -> Party {
 fn checkpoints_load_in_every_layout() {
     let Some(manifest) = goldens::json("manifest.json") else { return };
     let backend = backend();
-    let queue = Queue::new(&backend);
+    let queue = Queue::new(&backend).unwrap();
     for case in manifest["checkpoints"].as_array().unwrap() {
         let folder = goldens::find(case["folder"].as_str().unwrap()).unwrap();
         let fuser = Fuser::load(&folder, &backend).unwrap();

@@ -5,7 +5,7 @@ use c2c::{
         Backend, Precision, Queue, Tensor,
         cpu::{Cpu, Schedule, Simd},
     },
-    fuser::{FuseCall, Fuser, FuserConfig, GateOverride, Kind, LayerProjector, Mapping, Party},
+    fuser::{FuseCall, Fuser, FuserConfig, GateOverride, Kind, LayerCall, LayerProjector, Mapping, Party},
     ops::KvPages,
     rng::{Purpose, Rng, Stream},
 };
@@ -180,7 +180,7 @@ impl Case {
         let fuser = Fuser::init(config(kind, dims), 3, &backend).unwrap();
         let [sh, sd, th, td] = dims;
         Case {
-            queue: Queue::new(&backend),
+            queue: Queue::new(&backend).unwrap(),
             backend,
             fuser,
             tokens,
@@ -201,7 +201,7 @@ impl Case {
     }
 
     fn scratch(&self) -> Tensor {
-        let len = self.fuser.scratch_len(self.tokens);
+        let len = self.fuser.scratch_len(self.queue.backend().as_ref(), 1, self.tokens);
         self.queue.tensor(&vec![f32::NAN; len], &[len], "scratch").unwrap()
     }
 
@@ -220,20 +220,24 @@ impl Case {
         out: &Columns,
         scratch: &Tensor,
     ) {
-        let call = FuseCall {
+        let layer = LayerCall {
+            layer: 1,
+            gates,
             source: &source.pages,
-            source_slots: &source.slots,
             target: &target.pages,
-            target_slots: &target.slots,
             base: &base.pages,
-            base_slots: &base.slots,
             out: &out.pages,
+        };
+        let call = FuseCall {
+            layers: &[layer],
+            source_slots: &source.slots,
+            target_slots: &target.slots,
+            base_slots: &base.slots,
             out_slots: &out.slots,
             scratch,
             precision: Precision::F32,
-            gates,
         };
-        self.fuser.issue_layer(&self.queue, 1, call).unwrap();
+        self.fuser.issue(&self.queue, call).unwrap();
     }
 }
 
@@ -367,29 +371,33 @@ fn operands_that_do_not_fit_are_named() {
     let case = Case::new(Kind::C2c, [2, 4, 2, 6], 5, Simd::Avx512);
     let (source, target, scratch) = (case.source(), case.target(), case.scratch());
     let small = scratch.narrow(0, 10).unwrap();
-    let call = FuseCall {
+    let fits = LayerCall {
+        layer: 0,
+        gates: [1.0; 2],
         source: &source.pages,
-        source_slots: &source.slots,
         target: &target.pages,
-        target_slots: &target.slots,
         base: &target.pages,
-        base_slots: &target.slots,
         out: &target.pages,
+    };
+    let call = FuseCall {
+        layers: &[],
+        source_slots: &source.slots,
+        target_slots: &target.slots,
+        base_slots: &target.slots,
         out_slots: &target.slots,
         scratch: &scratch,
         precision: Precision::F32,
-        gates: [1.0; 2],
     };
     let slots = target.slots.narrow(0, 3).unwrap();
     for (call, layer, word) in [
-        (call, 2, "layer"),
-        (FuseCall { scratch: &small, ..call }, 0, "scratch"),
-        (FuseCall { source: &target.pages, ..call }, 0, "input"),
-        (FuseCall { out: &source.pages, ..call }, 0, "out.keys"),
-        (FuseCall { out_slots: &slots, ..call }, 0, "out_slots"),
-        (FuseCall { base_slots: &scratch, ..call }, 0, "base_slots"),
+        (call, LayerCall { layer: 2, ..fits }, "layer"),
+        (FuseCall { scratch: &small, ..call }, fits, "scratch"),
+        (call, LayerCall { source: &target.pages, ..fits }, "input"),
+        (call, LayerCall { out: &source.pages, ..fits }, "out.keys"),
+        (FuseCall { out_slots: &slots, ..call }, fits, "out_slots"),
+        (FuseCall { base_slots: &scratch, ..call }, fits, "base_slots"),
     ] {
-        let error = case.fuser.issue_layer(&case.queue, layer, call).unwrap_err();
+        let error = case.fuser.issue(&case.queue, FuseCall { layers: &[layer], ..call }).unwrap_err();
         assert_eq!(error.operand, word, "{error}");
     }
 }

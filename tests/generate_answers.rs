@@ -319,7 +319,7 @@ fn a_fuser_knows_its_pair() {
         overlap: Overlap::Off,
     };
     let session = Session::open(options, &|_, _, _| {}).expect("the pair opens");
-    session.fusers[0].save(&fuser, &Queue::new(&session.backend)).expect("saved");
+    session.fusers[0].save(&fuser, &Queue::new(&session.backend).unwrap()).expect("saved");
     let fuser = fuser.display().to_string();
 
     let loaded = json_of(&C2C_OPEN.replace("init:3", "{}"), &[&fuser]);

@@ -24,7 +24,7 @@ impl Case {
         let backend = open(DeviceChoice::Cpu, 2).unwrap();
         // Blocks of 7: boundaries fall at odd places.
         let kv = self.model.decoder.config.paged_kv(&backend, 12, 7, DType::F32).unwrap();
-        Lane::new(self.model.decoder.clone(), Queue::new(&backend), kv, 64).unwrap()
+        Lane::new(self.model.decoder.clone(), Queue::new(&backend).unwrap(), kv, 64).unwrap()
     }
 
     /// Logits `[tokens, vocab]` of `ids` at `positions`, appended in pieces of the given sizes.

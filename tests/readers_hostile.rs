@@ -45,7 +45,7 @@ fn the_sound_file_loads() {
         assert!(config.tied && config.interleaved_rope);
         assert_eq!(config.eos, [2]);
         // The tensors are where the file says.
-        let queue = Queue::new(&backend::open(DeviceChoice::Cpu, 1).unwrap());
+        let queue = Queue::new(&backend::open(DeviceChoice::Cpu, 1).unwrap()).unwrap();
         let (layer, mut file) = (&loaded.weights.layers[0], file);
         for (name, tensor) in [
             ("token_embd.weight", &loaded.weights.embed),

@@ -74,7 +74,7 @@ fn described(c: &ModelConfig) -> ([usize; 7], bool) {
 #[test]
 fn golden_models_load() {
     let backend = backend::open(DeviceChoice::Cpu, 1).unwrap();
-    let queue = Queue::new(&backend);
+    let queue = Queue::new(&backend).unwrap();
     for path in golden_models() {
         let loaded = load(&path, &backend);
         check_shapes(&loaded);

@@ -23,7 +23,7 @@ impl Pair {
     /// Weights in `dtype`; `tiny` keeps the families and drops the size.
     pub fn new(device: &Arc<dyn Backend>, dtype: DType, tiny: bool) -> Pair {
         let shape = |config: ModelConfig| if tiny { small(config) } else { config };
-        let queue = Queue::new(device);
+        let queue = Queue::new(device).expect("a queue");
         let mut synthetic = Synthetic::new(&queue);
         let [receiver, sharer] =
             [receiver(28), sharer(24)].map(|config| synthetic.decoder(&shape(config), dtype));
@@ -33,7 +33,7 @@ impl Pair {
 
     /// A lane for `tokens` tokens with a queue of its own.
     pub fn lane(&self, decoder: &Arc<Decoder>, tokens: usize) -> Lane {
-        lane(decoder, &Queue::new(&self.device), tokens)
+        lane(decoder, &Queue::new(&self.device).expect("a queue"), tokens)
     }
 
     /// Both models, each with room for `tokens` tokens.
@@ -42,6 +42,7 @@ impl Pair {
         let gates = vec![[1.0; 2]; self.receiver.config.layers];
         let fusers = vec![self.fuser.clone()];
         Link::new(receiver, vec![sharer], fusers, vec![gates], FusionMode::default(), Overlap::Off)
+            .expect("a link")
     }
 
     /// Ids that begin with `first`: prompts of different `first` share nothing that a link could keep.

@@ -5,6 +5,7 @@
 //! results after [`Queue::synchronize`] or a download. Shapes were checked in `ops`: a backend may assume them.
 
 pub mod cpu;
+pub mod cuda;
 mod dtype;
 mod tensor;
 
@@ -26,6 +27,11 @@ pub enum Error {
     UnknownDevice(String),
     #[error("queues wait for each other: an event was waited for that no queue will record")]
     Deadlock,
+    #[error("capture of a queue: {0}")]
+    Capture(String),
+    /// Every later use of the device may fail too.
+    #[error("{device}: {what} failed: {problem}")]
+    Failed { device: String, what: String, problem: String },
 }
 
 /// `--device`.
@@ -55,74 +61,114 @@ impl FromStr for DeviceChoice {
 
 /// Opens the chosen device once, at start, and logs which and why. `threads` = 0 means all cores.
 pub fn open(choice: DeviceChoice, threads: usize) -> Result<Arc<dyn Backend>, Error> {
-    match choice {
-        DeviceChoice::Cuda(n) => Err(Error::Unavailable(
-            format!("cuda:{n}"),
-            "this build has no CUDA backend; use --device cpu".into(),
-        )),
-        DeviceChoice::Auto | DeviceChoice::Cpu => {
-            let device = cpu::Cpu::new(threads);
-            let why =
-                if choice == DeviceChoice::Cpu { "asked for" } else { "this build has no CUDA backend" };
-            log::info!("device: {} ({why})", device.description());
-            Ok(device)
-        }
-    }
+    let (device, why): (Arc<dyn Backend>, String) = match choice {
+        DeviceChoice::Cuda(n) => (cuda::Cuda::open(n)?, "asked for".into()),
+        DeviceChoice::Cpu => (cpu::Cpu::new(threads), "asked for".into()),
+        DeviceChoice::Auto => match cuda::count() {
+            Ok(0) => (cpu::Cpu::new(threads), "the NVIDIA driver knows no device".into()),
+            Ok(_) => match cuda::Cuda::open(0) {
+                Ok(device) => (device, "the first NVIDIA GPU".into()),
+                Err(error) => {
+                    log::warn!("a GPU is there but cannot be used: {error}");
+                    (cpu::Cpu::new(threads), error.to_string())
+                }
+            },
+            Err(why) => (cpu::Cpu::new(threads), why),
+        },
+    };
+    log::info!("device: {} ({why})", device.description());
+    Ok(device)
 }
 
 /// An ordered list of operations. Cloning names the same queue.
 #[derive(Clone)]
-pub struct Queue {
+pub struct Queue(Arc<OpenQueue>);
+
+struct OpenQueue {
     backend: Arc<dyn Backend>,
     id: usize,
 }
 
+impl Drop for OpenQueue {
+    fn drop(&mut self) {
+        self.backend.release_queue(self.id);
+    }
+}
+
 impl Queue {
-    pub fn new(backend: &Arc<dyn Backend>) -> Queue {
-        Queue { backend: backend.clone(), id: backend.new_queue() }
+    pub fn new(backend: &Arc<dyn Backend>) -> Result<Queue, Error> {
+        Ok(Queue(Arc::new(OpenQueue { backend: backend.clone(), id: backend.new_queue()? })))
     }
 
     pub fn backend(&self) -> &Arc<dyn Backend> {
-        &self.backend
+        &self.0.backend
     }
 
     pub fn id(&self) -> usize {
-        self.id
+        self.0.id
     }
 
     /// Marks this point of the queue: the event is done when everything issued before is.
     pub fn record(&self) -> Event {
-        self.backend.record(self.id)
+        self.backend().record(self.id())
     }
 
     /// Nothing issued on this queue after this call starts before `event` is done.
     pub fn wait(&self, event: &Event) {
-        self.backend.wait(self.id, event)
+        self.backend().wait(self.id(), event)
     }
 
     /// Blocks until everything issued on this queue is done.
     pub fn synchronize(&self) -> Result<(), Error> {
-        self.backend.synchronize(self.id)
+        self.backend().synchronize(self.id())
     }
+
+    /// Records the operations that `issue` issues on this queue, without running them. Uploads, downloads, events and
+    /// allocations are no part of a graph; what the operations read and write is fixed, its contents are not.
+    pub fn capture<E: From<Error>>(&self, issue: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
+        self.backend().begin_capture(self.id())?;
+        let issued = issue();
+        let graph = self.backend().end_capture(self.id());
+        issued.and(graph.map_err(E::from))
+    }
+
+    /// Issues all operations of a graph that this queue captured.
+    pub fn replay(&self, graph: &Graph) {
+        self.backend().replay(self.id(), graph)
+    }
+}
+
+/// Operations recorded by [`Queue::capture`].
+#[derive(Clone)]
+pub enum Graph {
+    Cpu(cpu::Graph),
+    Cuda(cuda::Graph),
 }
 
 /// A point in a queue.
 #[derive(Clone)]
 pub enum Event {
     Cpu(cpu::Event),
+    Cuda(cuda::Event),
 }
 
 impl Event {
-    /// Time that the queue which recorded both events spent on work between them; `None` until both are done.
+    /// Time that the queue which recorded both events spent between them: on a CPU at work, on a GPU also waiting. `None`
+    /// until both are done.
     pub fn elapsed_since(&self, earlier: &Event) -> Option<Duration> {
-        let (Event::Cpu(later), Event::Cpu(earlier)) = (self, earlier);
-        later.busy_since(earlier)
+        match (self, earlier) {
+            (Event::Cpu(later), Event::Cpu(earlier)) => later.busy_since(earlier),
+            (Event::Cuda(later), Event::Cuda(earlier)) => later.elapsed_since(earlier),
+            _ => None,
+        }
     }
 
     /// When the event was done, on the host's clock; `None` until then.
     pub fn done_at(&self) -> Option<std::time::Instant> {
-        let Event::Cpu(event) = self;
-        event.done_at()
+        match self {
+            Event::Cpu(event) => event.done_at(),
+            Event::Cuda(event) => event.done_at(),
+        }
     }
 }
 
@@ -144,6 +190,10 @@ pub trait Backend: Send + Sync {
     fn description(&self) -> String;
     fn device(&self) -> &'static str;
     fn threads(&self) -> usize;
+    /// What activations between ops are kept in; the residual stream and logits are F32 always.
+    fn activation_dtype(&self, precision: Precision) -> DType;
+    /// F32 elements of scratch that an op needs.
+    fn scratch_len(&self, scratch: ops::Scratch) -> usize;
 
     // Memory.
     fn alloc(&self, dtype: DType, dims: &[usize], what: &str) -> Result<Tensor, Error>;
@@ -162,16 +212,30 @@ pub trait Backend: Send + Sync {
     fn download(&self, queue: usize, tensor: &Tensor, bytes: &mut [u8]) -> Result<(), Error>;
 
     // Order.
-    fn new_queue(&self) -> usize;
+    fn new_queue(&self) -> Result<usize, Error>;
+    /// Nobody holds the queue any more; what was issued on it still runs.
+    fn release_queue(&self, queue: usize);
     fn record(&self, queue: usize) -> Event;
     fn wait(&self, queue: usize, event: &Event);
     fn synchronize(&self, queue: usize) -> Result<(), Error>;
+    /// Operations issued on `queue` until [`Backend::end_capture`] are recorded instead of run.
+    fn begin_capture(&self, queue: usize) -> Result<(), Error>;
+    fn end_capture(&self, queue: usize) -> Result<Graph, Error>;
+    fn replay(&self, queue: usize, graph: &Graph);
 
     // The vocabulary.
     fn embed(&self, queue: usize, p: ops::EmbedParams, ids: &Tensor, table: &Tensor, out: &Tensor);
     fn rms_norm(&self, queue: usize, p: ops::RmsNormParams, x: &Tensor, weight: &Tensor, out: &Tensor);
     fn linear(&self, queue: usize, p: ops::LinearParams, x: &Tensor, weight: &ops::Weight, out: &Tensor);
-    fn glu(&self, queue: usize, p: ops::GluParams, x: &Tensor, out: &Tensor);
+    fn linear_glu(
+        &self,
+        queue: usize,
+        p: ops::GluParams,
+        x: &Tensor,
+        gate_up: &ops::Weight,
+        scratch: &Tensor,
+        out: &Tensor,
+    );
     fn rope_kv_write(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeOperands);
     fn paged_attention(&self, queue: usize, p: ops::AttentionParams, operands: &ops::AttentionOperands);
     fn gather_rows(&self, queue: usize, x: &Tensor, rows: &Tensor, out: &Tensor);
@@ -184,14 +248,14 @@ pub trait Backend: Send + Sync {
         to_slots: &Tensor,
     );
     fn soft_cap(&self, queue: usize, cap: f32, x: &Tensor);
-    fn fuse(&self, queue: usize, p: ops::FuseParams, operands: &ops::FuseOperands);
+    fn fuse(&self, queue: usize, p: ops::FuseParams, extent: ops::FuseExtent, operands: &ops::FuseOperands);
 }
 
 /// Typed host access through a queue.
 impl Queue {
     /// Allocates a tensor and fills it with `data`, in queue order.
     pub fn tensor<T: cpu::Element>(&self, data: &[T], dims: &[usize], what: &str) -> Result<Tensor, Error> {
-        let tensor = self.backend.alloc(T::DTYPE, dims, what)?;
+        let tensor = self.backend().alloc(T::DTYPE, dims, what)?;
         self.upload(data, &tensor);
         Ok(tensor)
     }
@@ -204,13 +268,13 @@ impl Queue {
             (tensor.dtype(), tensor.elements()),
             "upload of the wrong size or type"
         );
-        self.backend.upload(self.id, bytemuck::cast_slice(data), tensor)
+        self.backend().upload(self.id(), bytemuck::cast_slice(data), tensor)
     }
 
     /// Waits for the queue and copies the bytes of `tensor` out.
     pub fn download(&self, tensor: &Tensor) -> Result<Vec<u8>, Error> {
         let mut bytes = vec![0; tensor.bytes()];
-        self.backend.download(self.id, tensor, &mut bytes)?;
+        self.backend().download(self.id(), tensor, &mut bytes)?;
         Ok(bytes)
     }
 
@@ -218,7 +282,7 @@ impl Queue {
     pub fn download_f32(&self, tensor: &Tensor) -> Result<Vec<f32>, Error> {
         if tensor.dtype() == DType::F32 {
             let mut values = vec![0.0f32; tensor.elements()];
-            self.backend.download(self.id, tensor, bytemuck::cast_slice_mut(&mut values))?;
+            self.backend().download(self.id(), tensor, bytemuck::cast_slice_mut(&mut values))?;
             return Ok(values);
         }
         let bytes = self.download(tensor)?;
@@ -233,6 +297,6 @@ impl Queue {
 
 impl fmt::Debug for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Queue {} on {}", self.id, self.backend.description())
+        write!(f, "Queue {} on {}", self.id(), self.backend().description())
     }
 }

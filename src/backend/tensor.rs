@@ -1,6 +1,6 @@
 //! [`Tensor`]: a shaped view of device memory. Rows are contiguous; there are no strides.
 
-use super::{DType, cpu};
+use super::{DType, cpu, cuda};
 use std::fmt;
 
 /// Up to four dimensions, outermost first.
@@ -46,6 +46,7 @@ impl fmt::Display for Shape {
 #[derive(Clone)]
 pub enum Storage {
     Cpu(cpu::Memory),
+    Cuda(cuda::Memory),
 }
 
 /// A dense array on a device. Cloning is cheap and shares the memory; what may be read or written when is decided by
@@ -102,9 +103,13 @@ impl Tensor {
 
     /// Whether the two have a byte in common.
     pub fn overlaps(&self, other: &Tensor) -> bool {
-        let (Storage::Cpu(mine), Storage::Cpu(theirs)) = (&self.storage, &other.storage);
+        let same = match (&self.storage, &other.storage) {
+            (Storage::Cpu(mine), Storage::Cpu(theirs)) => mine.is_same(theirs),
+            (Storage::Cuda(mine), Storage::Cuda(theirs)) => mine.is_same(theirs),
+            _ => false,
+        };
         let (a, b) = (self.byte_offset, other.byte_offset);
-        mine.is_same(theirs) && a < b + other.bytes() && b < a + self.bytes()
+        same && a < b + other.bytes() && b < a + self.bytes()
     }
 
     /// Rows `start..start + len` of the outermost dimension, sharing the memory; `None` if out of range.
@@ -135,6 +140,18 @@ impl Tensor {
             return None;
         }
         Some(Tensor { shape, ..self.clone() })
+    }
+}
+
+impl Tensor {
+    /// The same bytes read as another dtype of the same size of element: one upload may carry ids and angles.
+    ///
+    /// # Panics
+    /// If the sizes differ: dtypes are written by the programmer.
+    pub fn reinterpret(&self, dtype: DType) -> Tensor {
+        let size = |dtype: DType| (dtype.block_len(), dtype.block_bytes());
+        assert_eq!(size(dtype), size(self.dtype), "elements of another size");
+        Tensor { dtype, ..self.clone() }
     }
 }
 

@@ -328,7 +328,7 @@ mod tests {
     fn cache(dtype: DType) -> (PagedKv, Queue) {
         let backend = backend();
         let kv = PagedKv::new(&backend, SHAPE, KeyForm::PreRope, 5, 4, dtype).unwrap();
-        (kv, Queue::new(&backend))
+        (kv, Queue::new(&backend).unwrap())
     }
 
     /// Numbers that bf16 holds exactly, all different.

@@ -26,7 +26,7 @@ pub use pickle::PickleError;
 
 use crate::{
     backend::{Backend, DType, Precision, Queue, Tensor},
-    ops::{self, FuseOperands, FuseParams, KvPages, ShapeError},
+    ops::{self, FuseExtent, FuseLayer, FuseOperands, FuseParams, KvPages, Scratch, ShapeError},
 };
 use sha2::{Digest as _, Sha256};
 use std::{path::Path, sync::Arc};
@@ -40,22 +40,30 @@ pub struct Fuser {
     routes: Vec<Option<Route>>,
 }
 
-/// Operands of [`Fuser::issue_layer`], see [`FuseOperands`].
+/// A layer of a [`FuseCall`], see [`FuseLayer`].
+#[derive(Clone, Copy)]
+pub struct LayerCall<'a> {
+    /// Of the receiver.
+    pub layer: usize,
+    /// Of keys and values.
+    pub gates: [f32; 2],
+    pub source: &'a KvPages,
+    pub target: &'a KvPages,
+    pub base: &'a KvPages,
+    pub out: &'a KvPages,
+}
+
+/// Operands of [`Fuser::issue`], see [`FuseOperands`].
 #[derive(Clone, Copy)]
 pub struct FuseCall<'a> {
-    pub source: &'a KvPages,
+    pub layers: &'a [LayerCall<'a>],
     pub source_slots: &'a Tensor,
-    pub target: &'a KvPages,
     pub target_slots: &'a Tensor,
-    pub base: &'a KvPages,
     pub base_slots: &'a Tensor,
-    pub out: &'a KvPages,
     pub out_slots: &'a Tensor,
     /// F32, at least [`Fuser::scratch_len`] elements.
     pub scratch: &'a Tensor,
     pub precision: Precision,
-    /// Of keys and values.
-    pub gates: [f32; 2],
 }
 
 impl Fuser {
@@ -76,7 +84,7 @@ impl Fuser {
     /// until trained or until its gates are opened by hand. Same seed, same numbers, on every device.
     pub fn init(config: FuserConfig, seed: u64, backend: &Arc<dyn Backend>) -> Result<Fuser, FuserError> {
         config.validate()?;
-        let queue = Queue::new(backend);
+        let queue = Queue::new(backend)?;
         let mut projectors = Vec::new();
         for index in 0..config.projectors() {
             let upload = |name: &str, shape: &[usize], bytes: &[u8]| {
@@ -115,7 +123,7 @@ impl Fuser {
     pub fn to_dtype(&self, dtype: DType, backend: &Arc<dyn Backend>) -> Result<Fuser, FuserError> {
         let config = FuserConfig { dtype, ..self.config.clone() };
         config.validate()?;
-        let queue = Queue::new(backend);
+        let queue = Queue::new(backend)?;
         let copy = |name: &str, tensor: &Tensor| {
             let mut bytes = Vec::new();
             parameters::from_f32(&queue.download_f32(tensor)?, dtype, &mut bytes);
@@ -163,13 +171,13 @@ impl Fuser {
         given.apply(self.gates(), &routed)
     }
 
-    /// Elements of F32 scratch that [`Fuser::issue_layer`] needs.
-    pub fn scratch_len(&self, tokens: usize) -> usize {
+    /// Elements of F32 scratch that [`Fuser::issue`] needs for `layers` layers of `tokens` tokens.
+    pub fn scratch_len(&self, backend: &dyn Backend, layers: usize, tokens: usize) -> usize {
         let (source, target) = (self.config.sharer.width(), self.config.receiver.width());
-        let len = |projector: &LayerProjector| {
-            ops::fuse_scratch_len(&projector.keys, tokens, source, target, self.config.receiver.kv_heads)
-        };
-        self.projectors.first().map_or(0, len)
+        self.projectors.first().map_or(0, |projector| {
+            let extent = FuseExtent::new(&projector.keys, source, target, self.config.receiver.kv_heads);
+            backend.scratch_len(Scratch::Fuse(FuseExtent { layers, tokens, ..extent }))
+        })
     }
 
     /// Bytes of all weights.
@@ -188,41 +196,45 @@ impl Fuser {
         Ok(Digest(hash.finalize().into()))
     }
 
-    /// Issues the fusion of the columns of receiver layer `layer` on `queue`.
+    /// Issues the fusion of the columns of some receiver layers on `queue`.
     ///
-    /// Runs as soon as the queue comes to it: make the queue wait for the sharer's and the receiver's layer first. A
+    /// Runs as soon as the queue comes to it: make the queue wait for the sharer's and the receiver's layers first. A
     /// layer without projector is a closed one: `base` goes to `out`.
-    pub fn issue_layer(&self, queue: &Queue, layer: usize, call: FuseCall) -> Result<(), ShapeError> {
-        let route = self.routes.get(layer).ok_or_else(|| ShapeError {
-            op: "fuse",
-            operand: "layer",
-            found: layer.to_string(),
-            expected: format!("less than {}", self.routes.len()),
-        })?;
-        // A closed gate reads no weights, so any projector will do as its operand.
-        let (projector, gates) = match route {
-            Some(route) => (&self.projectors[route.projector], call.gates),
-            None => (&self.projectors[0], [0.0; 2]),
+    pub fn issue(&self, queue: &Queue, call: FuseCall) -> Result<(), ShapeError> {
+        let layers = call.layers.iter().map(|of| {
+            let route = self.routes.get(of.layer).ok_or_else(|| ShapeError {
+                op: "fuse",
+                operand: "layer",
+                found: of.layer.to_string(),
+                expected: format!("less than {}", self.routes.len()),
+            })?;
+            // A closed gate reads no weights, so any projector will do as its operand.
+            let (projector, gates) = match route {
+                Some(route) => (&self.projectors[route.projector], of.gates),
+                None => (&self.projectors[0], [0.0; 2]),
+            };
+            Ok(FuseLayer {
+                keys: projector.keys.clone(),
+                values: projector.values.clone(),
+                gates,
+                source: of.source.clone(),
+                target: of.target.clone(),
+                base: of.base.clone(),
+                out: of.out.clone(),
+            })
+        });
+        let operands = FuseOperands {
+            layers: layers.collect::<Result<_, ShapeError>>()?,
+            source_slots: call.source_slots.clone(),
+            target_slots: call.target_slots.clone(),
+            base_slots: call.base_slots.clone(),
+            out_slots: call.out_slots.clone(),
+            scratch: call.scratch.clone(),
         };
         let params = FuseParams {
             tokens: call.target_slots.elements() as u32,
             precision: call.precision,
-            key_gate: gates[0],
-            value_gate: gates[1],
             use_target: self.config.kind.has_target(),
-        };
-        let operands = FuseOperands {
-            keys: projector.keys.clone(),
-            values: projector.values.clone(),
-            source: call.source.clone(),
-            source_slots: call.source_slots.clone(),
-            target: call.target.clone(),
-            target_slots: call.target_slots.clone(),
-            base: call.base.clone(),
-            base_slots: call.base_slots.clone(),
-            out: call.out.clone(),
-            out_slots: call.out_slots.clone(),
-            scratch: call.scratch.clone(),
         };
         ops::fuse(queue, params, &operands)
     }

@@ -2,9 +2,10 @@
 
 use super::{Error, ModelConfig};
 use crate::{
-    backend::{Queue, Tensor},
+    backend::{Backend, DType, Queue, Tensor},
     ops::Pass,
 };
+use std::sync::Arc;
 
 /// The new tokens of one sequence.
 #[derive(Clone, Debug)]
@@ -20,7 +21,7 @@ pub struct SequenceStep<'a> {
     pub context: usize,
 }
 
-/// The device's side of a list of [`SequenceStep`]s.
+/// The device's side of a list of [`SequenceStep`]s, in one piece of memory: one upload brings a pass everything it needs.
 pub struct Batch {
     pub pass: Pass,
     pub tokens: usize,
@@ -36,22 +37,89 @@ pub struct Batch {
     pub cu_q: Tensor,
     pub context: Tensor,
     pub block_tables: Tensor,
+    /// U32, all of the above.
+    memory: Tensor,
 }
 
+/// Words of the memory of a [`Batch`] that its parts start at multiples of: kernels read them in vectors.
+const PART: usize = 64;
+
 impl Batch {
+    /// Uploads `steps`.
+    ///
     /// # Errors
     /// Token ids past the vocabulary, no tokens at all, or sequences with one new token beside others with more: those
     /// are a decode pass and a prefill pass.
     pub fn new(queue: &Queue, config: &ModelConfig, steps: &[SequenceStep]) -> Result<Batch, Error> {
         let tokens: usize = steps.iter().map(|step| step.ids.len()).sum();
-        if tokens == 0 {
-            return Err(Error::EmptyBatch);
-        }
         let decode = steps.iter().all(|step| step.ids.len() == 1);
         if !decode && steps.iter().any(|step| step.ids.len() == 1) {
             return Err(Error::MixedBatch);
         }
+        let pass = if decode { Pass::Decode } else { Pass::Prefill };
+        let max_blocks = steps.iter().map(|step| step.blocks.len()).max().unwrap_or(0);
+        let batch = Batch::with_room(queue.backend(), config, pass, tokens, steps.len(), max_blocks)?;
+        batch.fill(queue, config, steps)?;
+        Ok(batch)
+    }
+
+    /// Memory for batches of just this extent; [`Batch::fill`] says which.
+    pub fn with_room(
+        backend: &Arc<dyn Backend>,
+        config: &ModelConfig,
+        pass: Pass,
+        tokens: usize,
+        sequences: usize,
+        max_blocks: usize,
+    ) -> Result<Batch, Error> {
+        if tokens == 0 {
+            return Err(Error::EmptyBatch);
+        }
+        let max_blocks = max_blocks.max(1);
+        let rotation = tokens * config.head_dim;
+        let local = config.rope_local.is_some();
+        let lengths = [tokens, tokens, sequences + 1, sequences, sequences * max_blocks, rotation, rotation];
+        let lengths = &lengths[..if local { 7 } else { 6 }];
+        let words = lengths.iter().map(|len| len.next_multiple_of(PART)).sum();
+        let memory = backend.alloc(DType::U32, &[words], "inputs of a pass")?;
+        let mut start = 0;
+        let mut parts = lengths.iter().map(|&len| {
+            let part = memory.narrow(start, len).expect("a part of the sum");
+            start += len.next_multiple_of(PART);
+            part
+        });
+        let mut part = |dims: &[usize]| {
+            let part = parts.next().expect("as many parts as lengths");
+            part.reshape(dims).expect("lengths are products of dimensions")
+        };
+        let (ids, slots) = (part(&[tokens]), part(&[tokens]));
+        let (cu_q, context) = (part(&[sequences + 1]), part(&[sequences]));
+        let block_tables = part(&[sequences, max_blocks]);
+        let mut table = || part(&[tokens, config.head_dim]).reinterpret(DType::F32);
+        let (cos_sin, cos_sin_local) = (table(), local.then(table));
+        Ok(Batch {
+            pass,
+            tokens,
+            sequences,
+            max_blocks,
+            ids,
+            slots,
+            cos_sin,
+            cos_sin_local,
+            cu_q,
+            context,
+            block_tables,
+            memory,
+        })
+    }
+
+    /// Uploads `steps`, which have as many tokens and sequences as there is room for and at most as many blocks.
+    ///
+    /// # Panics
+    /// If they have not.
+    pub fn fill(&self, queue: &Queue, config: &ModelConfig, steps: &[SequenceStep]) -> Result<(), Error> {
         let ids: Vec<u32> = steps.iter().flat_map(|step| step.ids).copied().collect();
+        assert_eq!((ids.len(), steps.len()), (self.tokens, self.sequences), "steps of another extent");
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= config.vocab) {
             return Err(Error::TokenOutOfRange { id, vocab: config.vocab });
         }
@@ -65,28 +133,22 @@ impl Batch {
         for step in steps {
             cu_q.push(cu_q[cu_q.len() - 1] + step.ids.len() as u32);
         }
-        let max_blocks = steps.iter().map(|step| step.blocks.len()).max().unwrap_or(0).max(1);
-        let mut tables = vec![0u32; steps.len() * max_blocks];
-        for (row, step) in tables.chunks_exact_mut(max_blocks).zip(steps) {
+        let mut tables = vec![0u32; steps.len() * self.max_blocks];
+        for (row, step) in tables.chunks_exact_mut(self.max_blocks).zip(steps) {
             row[..step.blocks.len()].copy_from_slice(step.blocks);
         }
-        let rotation = |local: bool| -> Result<Tensor, Error> {
-            let table = rotation_table(config, local, &positions);
-            Ok(queue.tensor(&table, &[tokens, config.head_dim], "rotary table")?)
+        let mut words = Vec::with_capacity(self.memory.elements());
+        let mut push = |part: &[u32]| {
+            words.extend_from_slice(part);
+            words.resize(words.len().next_multiple_of(PART), 0);
         };
-        Ok(Batch {
-            pass: if decode { Pass::Decode } else { Pass::Prefill },
-            tokens,
-            sequences: steps.len(),
-            max_blocks,
-            ids: queue.tensor(&ids, &[tokens], "token ids")?,
-            slots: queue.tensor(&slots, &[tokens], "slots")?,
-            cos_sin: rotation(false)?,
-            cos_sin_local: config.rope_local.as_ref().map(|_| rotation(true)).transpose()?,
-            cu_q: queue.tensor(&cu_q, &[steps.len() + 1], "sequence starts")?,
-            context: queue.tensor(&context, &[steps.len()], "context lengths")?,
-            block_tables: queue.tensor(&tables, &[steps.len(), max_blocks], "block tables")?,
-        })
+        [&ids, &slots, &cu_q, &context, &tables].into_iter().for_each(|part| push(part));
+        push(bytemuck::cast_slice(&rotation_table(config, false, &positions)));
+        if self.cos_sin_local.is_some() {
+            push(bytemuck::cast_slice(&rotation_table(config, true, &positions)));
+        }
+        queue.upload(&words, &self.memory);
+        Ok(())
     }
 }
 

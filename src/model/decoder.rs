@@ -3,7 +3,10 @@
 use super::{Batch, Error, LayerWeights, Loaded, ModelConfig, Weights};
 use crate::{
     backend::{Backend, DType, Precision, Queue, Tensor},
-    ops::{self, AttentionOperands, AttentionParams, KvPages, NormOutput, Pass, RopeOperands, RopeParams},
+    ops::{
+        self, AttentionOperands, AttentionParams, KvPages, NormOutput, Pass, RopeOperands, RopeParams,
+        Scratch,
+    },
 };
 use std::sync::Arc;
 
@@ -23,9 +26,20 @@ pub enum Goal {
     Hidden,
 }
 
-/// Activations of up to [`Activations::capacity`] tokens, allocated once a lane.
+/// How much [`Activations`] have room for.
+#[derive(Clone, Copy, Debug)]
+pub struct Extent {
+    /// Of one pass.
+    pub tokens: usize,
+    /// Of a decode pass.
+    pub sequences: usize,
+    /// Tokens of a sequence, in whole blocks.
+    pub context: usize,
+}
+
+/// Activations of passes of a given [`Extent`], allocated once a lane.
 pub struct Activations {
-    capacity: usize,
+    extent: Extent,
     /// The residual stream, F32`[capacity, hidden]`.
     residual: Tensor,
     normed: Tensor,
@@ -33,8 +47,8 @@ pub struct Activations {
     block: Option<Tensor>,
     qkv: Tensor,
     attention: Tensor,
-    gate_up: Tensor,
     activated: Tensor,
+    scratch: Tensor,
 }
 
 fn first(tensor: &Tensor, rows: usize) -> Tensor {
@@ -45,25 +59,38 @@ impl Activations {
     pub fn new(
         backend: &Arc<dyn Backend>,
         config: &ModelConfig,
-        capacity: usize,
+        precision: Precision,
+        extent: Extent,
     ) -> Result<Activations, Error> {
-        let alloc = |width: usize, what: &str| backend.alloc(DType::F32, &[capacity, width], what);
-        let (heads, kv_heads, dim) = (config.heads, config.kv_heads, config.head_dim);
+        let Extent { tokens, sequences, context } = extent;
+        let alloc = |dtype: DType, width: usize, what: &str| backend.alloc(dtype, &[tokens, width], what);
+        let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
+        let dtype = backend.activation_dtype(precision);
+        let scratch = [
+            Scratch::LinearGlu { tokens, width: config.ffn },
+            Scratch::Attention { sequences, heads, head_dim, context },
+        ];
+        let scratch = scratch.into_iter().map(|need| backend.scratch_len(need)).max().unwrap_or(0);
+        let block = config.post_norms.then(|| alloc(DType::F32, config.hidden, "block output"));
         Ok(Activations {
-            capacity,
-            residual: alloc(config.hidden, "residual stream")?,
-            normed: alloc(config.hidden, "normalised activations")?,
-            block: config.post_norms.then(|| alloc(config.hidden, "block output")).transpose()?,
-            qkv: alloc((heads + 2 * kv_heads) * dim, "qkv")?,
-            attention: alloc(heads * dim, "attention output")?,
-            gate_up: alloc(2 * config.ffn, "gate and up projections")?,
-            activated: alloc(config.ffn, "ffn activations")?,
+            extent,
+            residual: alloc(DType::F32, config.hidden, "residual stream")?,
+            normed: alloc(dtype, config.hidden, "normalised activations")?,
+            block: block.transpose()?,
+            qkv: alloc(dtype, (heads + 2 * kv_heads) * head_dim, "qkv")?,
+            attention: alloc(dtype, heads * head_dim, "attention output")?,
+            activated: alloc(dtype, config.ffn, "ffn activations")?,
+            scratch: backend.alloc(DType::F32, &[scratch], "scratch of a lane")?,
         })
     }
 
-    /// Most tokens of one pass.
-    pub fn capacity(&self) -> usize {
-        self.capacity
+    pub fn extent(&self) -> Extent {
+        self.extent
+    }
+
+    /// F32`[rows, hidden]`: the residual stream of the first rows.
+    fn residual(&self, rows: usize) -> Tensor {
+        first(&self.residual, rows)
     }
 }
 
@@ -90,16 +117,16 @@ impl Decoder {
         mut before_layer: impl FnMut(usize),
         mut cached: impl FnMut(usize),
     ) -> Result<(), Error> {
-        assert!(batch.tokens <= activations.capacity, "pass of {} tokens", batch.tokens);
+        assert!(batch.tokens <= activations.extent.tokens, "pass of {} tokens", batch.tokens);
         let a = &Activations {
-            capacity: batch.tokens,
+            extent: activations.extent,
             residual: first(&activations.residual, batch.tokens),
             normed: first(&activations.normed, batch.tokens),
             block: activations.block.as_ref().map(|block| first(block, batch.tokens)),
             qkv: first(&activations.qkv, batch.tokens),
             attention: first(&activations.attention, batch.tokens),
-            gate_up: first(&activations.gate_up, batch.tokens),
             activated: first(&activations.activated, batch.tokens),
+            scratch: activations.scratch.clone(),
         };
         ops::embed(queue, &batch.ids, &self.weights.embed, self.config.embed_scale, &a.residual)?;
         for (l, (weights, pages)) in self.weights.layers.iter().zip(layers).enumerate() {
@@ -173,6 +200,7 @@ impl Decoder {
     ) -> Result<(), Error> {
         let config = &self.config;
         let p = AttentionParams {
+            pass: batch.pass,
             tokens: batch.tokens as u32,
             sequences: batch.sequences as u32,
             heads: config.heads as u32,
@@ -191,6 +219,7 @@ impl Decoder {
             context: batch.context.clone(),
             block_tables: batch.block_tables.clone(),
             out: a.attention.clone(),
+            scratch: a.scratch.clone(),
         };
         ops::paged_attention(queue, p, &operands)?;
         self.join(queue, batch.pass, &a.attention, &weights.attn_out, weights.post_attn_norm.as_ref(), a)
@@ -204,8 +233,17 @@ impl Decoder {
         a: &Activations,
     ) -> Result<(), Error> {
         self.norm(queue, &a.residual, &weights.ffn_norm, NormOutput::Assign, &a.normed)?;
-        ops::linear(queue, pass, &a.normed, &weights.gate_up, self.precision, false, &a.gate_up)?;
-        ops::glu(queue, &a.gate_up, self.config.activation, &a.activated)?;
+        let (gate_up, activation) = (&weights.gate_up, self.config.activation);
+        ops::linear_glu(
+            queue,
+            pass,
+            &a.normed,
+            gate_up,
+            self.precision,
+            activation,
+            &a.scratch,
+            &a.activated,
+        )?;
         self.join(queue, pass, &a.activated, &weights.down, weights.post_ffn_norm.as_ref(), a)
     }
 
@@ -232,7 +270,7 @@ impl Decoder {
     /// each sequence's last token, `Pass::Prefill` for a whole prompt's.
     ///
     /// # Panics
-    /// If a row is past the activations' capacity.
+    /// If a row is past the activations' extent.
     pub fn logits(
         &self,
         queue: &Queue,
@@ -240,18 +278,54 @@ impl Decoder {
         activations: &Activations,
         rows: &[u32],
     ) -> Result<Vec<f32>, Error> {
-        let backend = queue.backend();
         let n = rows.len();
-        assert!(rows.iter().all(|&row| (row as usize) < activations.capacity), "row past the pass");
+        assert!(rows.iter().all(|&row| (row as usize) < activations.extent.tokens), "row past the pass");
         let index = queue.tensor(rows, &[n], "logit rows")?;
-        let hidden = backend.alloc(DType::F32, &[n, self.config.hidden], "final hidden states")?;
-        let out = backend.alloc(DType::F32, &[n, self.weights.lm_head.rows()], "logits")?;
+        let hidden = queue.backend().alloc(DType::F32, &[n, self.config.hidden], "final hidden states")?;
         ops::gather_rows(queue, &activations.residual, &index, &hidden)?;
-        self.norm(queue, &hidden, &self.weights.final_norm, NormOutput::Assign, &hidden)?;
-        ops::linear(queue, pass, &hidden, &self.weights.lm_head, self.precision, false, &out)?;
-        if self.config.final_soft_cap > 0.0 {
-            ops::soft_cap(queue, self.config.final_soft_cap, &out)?;
-        }
-        Ok(queue.download_f32(&out)?)
+        let head = self.head(queue, n)?;
+        self.run_head(queue, pass, &hidden, &head)?;
+        Ok(queue.download_f32(&head.logits)?)
     }
+
+    /// Memory for the logits of `rows` rows.
+    pub fn head(&self, queue: &Queue, rows: usize) -> Result<Head, Error> {
+        let backend = queue.backend();
+        let dtype = backend.activation_dtype(self.precision);
+        Ok(Head {
+            normed: backend.alloc(dtype, &[rows, self.config.hidden], "final hidden states")?,
+            logits: backend.alloc(DType::F32, &[rows, self.weights.lm_head.rows()], "logits")?,
+        })
+    }
+
+    /// Issues the logits of `hidden`, F32`[rows, hidden]`.
+    fn run_head(&self, queue: &Queue, pass: Pass, hidden: &Tensor, head: &Head) -> Result<(), Error> {
+        self.norm(queue, hidden, &self.weights.final_norm, NormOutput::Assign, &head.normed)?;
+        let lm_head = &self.weights.lm_head;
+        ops::linear(queue, pass, &head.normed, lm_head, self.precision, false, &head.logits)?;
+        if self.config.final_soft_cap > 0.0 {
+            ops::soft_cap(queue, self.config.final_soft_cap, &head.logits)?;
+        }
+        Ok(())
+    }
+
+    /// Issues one decode pass and the logits after it: what a graph captures.
+    pub fn decode(
+        &self,
+        queue: &Queue,
+        batch: &Batch,
+        layers: &[KvPages],
+        activations: &Activations,
+        head: &Head,
+    ) -> Result<(), Error> {
+        self.forward(queue, batch, layers, activations, Goal::Hidden, |_| {}, |_| {})?;
+        self.run_head(queue, Pass::Decode, &activations.residual(batch.tokens), head)
+    }
+}
+
+/// Where the logits of some rows are computed.
+pub struct Head {
+    normed: Tensor,
+    /// F32`[rows, vocab]`
+    pub logits: Tensor,
 }

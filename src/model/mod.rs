@@ -18,7 +18,7 @@ mod weights;
 
 pub use batch::{Batch, SequenceStep};
 pub use config::{Biases, ModelConfig, Rope, RopeScaling};
-pub use decoder::{Activations, Decoder, Goal};
+pub use decoder::{Activations, Decoder, Extent, Goal, Head};
 pub use gguf::Gguf;
 pub use weights::{LayerWeights, Progress, Weights};
 

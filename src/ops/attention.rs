@@ -1,11 +1,12 @@
 //! Causal attention over pages, for any mix of prefill and decode sequences.
 
-use super::{KvPages, ShapeError, check, check_apart};
+use super::{KvPages, Pass, Scratch, ShapeError, activations, check, check_apart, scratch::check_scratch};
 use crate::backend::{DType, Queue, Tensor};
 
-#[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionParams {
+    /// [`Pass::Decode`]: one new token of each sequence.
+    pub pass: Pass,
     pub tokens: u32,
     pub sequences: u32,
     pub heads: u32,
@@ -24,7 +25,7 @@ pub struct AttentionParams {
 /// Operands of [`paged_attention`].
 #[derive(Clone, Debug)]
 pub struct AttentionOperands {
-    /// F32`[tokens, q_stride]`; the first `heads · head_dim` of a row are used.
+    /// Activations `[tokens, q_stride]`; the first `heads · head_dim` of a row are used.
     pub q: Tensor,
     pub pages: KvPages,
     /// U32`[sequences + 1]`: rows `cu_q[s]..cu_q[s+1]` of q belong to sequence s, in order.
@@ -34,8 +35,10 @@ pub struct AttentionOperands {
     pub context: Tensor,
     /// U32`[sequences, max_blocks]`.
     pub block_tables: Tensor,
-    /// F32`[tokens, heads · head_dim]`.
+    /// As `q`, `[tokens, heads · head_dim]`.
     pub out: Tensor,
+    /// See [`Scratch::Attention`].
+    pub scratch: Tensor,
 }
 
 /// `out[t, h] = softmax(scale · q[t, h] · Kᵀ + mask) · V`, K and V of head `h / (heads / kv_heads)`.
@@ -47,8 +50,8 @@ pub fn paged_attention(
     const OP: &str = "paged_attention";
     let (tokens, sequences) = (p.tokens as usize, p.sequences as usize);
     let width = (p.heads * p.head_dim) as usize;
-    check(OP, "q", &operands.q, &[DType::F32], &[tokens, p.q_stride as usize])?;
-    check(OP, "out", &operands.out, &[DType::F32], &[tokens, width])?;
+    check(OP, "q", &operands.q, activations(queue), &[tokens, p.q_stride as usize])?;
+    check(OP, "out", &operands.out, &[operands.q.dtype()], &[tokens, width])?;
     check(OP, "cu_q", &operands.cu_q, &[DType::U32], &[sequences + 1])?;
     check(OP, "context", &operands.context, &[DType::U32], &[sequences])?;
     check(OP, "block_tables", &operands.block_tables, &[DType::U32], &[sequences, p.max_blocks as usize])?;
@@ -65,6 +68,14 @@ pub fn paged_attention(
             found: format!("{:?}", pages.keys),
             expected: format!("{} kv heads × {} dividing {} heads", p.kv_heads, p.head_dim, p.heads),
         });
+    }
+    if p.pass == Pass::Decode {
+        check(OP, "cu_q", &operands.cu_q, &[DType::U32], &[tokens + 1])?;
+        let context = p.max_blocks as usize * pages.block_size();
+        let (heads, head_dim) = (p.heads as usize, p.head_dim as usize);
+        let need = Scratch::Attention { sequences, heads, head_dim, context };
+        check_scratch(OP, queue, &operands.scratch, need)?;
+        check_apart(OP, &operands.scratch, &[("q", &operands.q), ("out", &operands.out)])?;
     }
     let inputs = [("q", &operands.q), ("pages.keys", &pages.keys), ("pages.values", &pages.values)];
     check_apart(OP, &operands.out, &inputs)?;

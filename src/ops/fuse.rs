@@ -1,9 +1,9 @@
-//! The fuser of one receiver layer: `out = base + gate · w · p`, K and V alike, straight into the pages.
+//! The fuser of receiver layers: `out = base + gate · w · p`, K and V alike, straight into the pages.
 //!
 //! Formulae in docs/math.md ("The fuser"). `s` are the sharer's cache columns, `t` the receiver's, flattened per token
 //! to `[kv_heads · head_dim]`.
 
-use super::{KvPages, ShapeError, Weight, check, check_apart};
+use super::{KvPages, Scratch, ShapeError, Weight, check, check_apart, scratch::check_scratch};
 use crate::backend::{DType, Precision, Queue, Tensor};
 use std::sync::Arc;
 
@@ -59,52 +59,68 @@ impl Projector {
 pub struct FuseParams {
     pub tokens: u32,
     pub precision: Precision,
-    /// Factors of the projections of keys and values: at inference 0 (closed: nothing is computed) or 1.
-    pub key_gate: f32,
-    pub value_gate: f32,
     /// Whether the projector also reads the receiver's columns, and adds to them instead of replacing them (C2C: yes).
     pub use_target: bool,
 }
 
-/// Operands of [`fuse`]. All slots U32`[tokens]`.
+/// One receiver layer of a [`fuse`].
 #[derive(Clone, Debug)]
-pub struct FuseOperands {
+pub struct FuseLayer {
     pub keys: Arc<Projector>,
     pub values: Arc<Projector>,
-    /// The sharer's layer, and for each fused token the slot of the column aligned with it.
+    /// Factors of the projections of keys and values: at inference 0 (closed: nothing is computed) or 1.
+    pub gates: [f32; 2],
+    /// The sharer's layer.
     pub source: KvPages,
-    pub source_slots: Tensor,
     /// The receiver's plain cache, input of the projector.
     pub target: KvPages,
-    pub target_slots: Tensor,
     /// What the projection is added to: `target`, or what an earlier sharer left in `out` (parallel sharers).
     pub base: KvPages,
-    pub base_slots: Tensor,
     pub out: KvPages,
+}
+
+/// Operands of [`fuse`]. All slots U32`[tokens]`, the same for every layer.
+#[derive(Clone, Debug)]
+pub struct FuseOperands {
+    /// All layers that are ready at once: a GPU works on them, keys and values alike, as one problem.
+    pub layers: Vec<FuseLayer>,
+    /// For each fused token the slot of the column aligned with it.
+    pub source_slots: Tensor,
+    pub target_slots: Tensor,
+    pub base_slots: Tensor,
     pub out_slots: Tensor,
-    /// F32, at least [`fuse_scratch_len`] elements.
+    /// See [`Scratch::Fuse`].
     pub scratch: Tensor,
 }
 
-/// Most tokens that are worked on at once: enough to be bound by arithmetic, few enough for activations to stay in the
+/// Most tokens that are worked on at once on a CPU: enough to be bound by arithmetic, few enough for activations to stay in the
 /// cache and scratch to stay small.
 pub(crate) const FUSE_CHUNK: usize = 512;
 
-/// Elements of scratch that [`fuse`] needs: per token of a chunk its input row, three hidden rows, one inner row, the projected row
-/// and the weights of the heads.
-pub fn fuse_scratch_len(
-    p: &Projector,
-    tokens: usize,
-    source_width: usize,
-    target_width: usize,
-    kv_heads: usize,
-) -> usize {
-    let stage = p.source_stage.as_ref().map_or(0, |stage| stage.input.rows());
-    let input = p.input.cols().max(source_width);
-    tokens.min(FUSE_CHUNK) * (input + 3 * p.hidden().max(stage) + p.inner() + target_width + kv_heads)
+/// What the scratch of a [`fuse`] depends on. All layers are of one size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FuseExtent {
+    pub layers: usize,
+    pub tokens: usize,
+    pub hidden: usize,
+    /// Widest inner row of the FFN blocks.
+    pub inner: usize,
+    /// Hidden width of the source stage, 0 without one.
+    pub stage: usize,
+    pub source_width: usize,
+    pub target_width: usize,
+    pub kv_heads: usize,
 }
 
-/// Fuses `tokens` columns of one layer: `out = base + gate · w · p`.
+impl FuseExtent {
+    pub fn new(p: &Projector, source_width: usize, target_width: usize, kv_heads: usize) -> FuseExtent {
+        let stage = p.source_stage.as_ref().map_or(0, |stage| stage.input.rows());
+        let (hidden, inner) = (p.hidden(), p.inner());
+        FuseExtent { layers: 0, tokens: 0, hidden, inner, stage, source_width, target_width, kv_heads }
+    }
+}
+
+/// Fuses `tokens` columns of each layer: `out = base + gate · w · p`.
 ///
 /// Without `use_target` the projection takes the target's place: `out = base − gate · target + gate · w · p`, which is
 /// `p` alone where `base` is the target. With a closed gate nothing is computed: `base` is copied to `out` where they
@@ -113,14 +129,6 @@ pub fn fuse(queue: &Queue, p: FuseParams, operands: &FuseOperands) -> Result<(),
     const OP: &str = "fuse";
     let o = operands;
     let tokens = p.tokens as usize;
-    o.source.check(OP, "source.keys", "source.values")?;
-    o.target.check(OP, "target.keys", "target.values")?;
-    let dims = o.target.keys.shape().to_vec();
-    for (name, pages) in [("base.keys", &o.base), ("out.keys", &o.out)] {
-        pages.check(OP, name, name)?;
-        let dims = [pages.blocks(), dims[1], dims[2], dims[3]];
-        check(OP, name, &pages.keys, &[o.target.keys.dtype()], &dims)?;
-    }
     let slots = [
         ("source_slots", &o.source_slots),
         ("target_slots", &o.target_slots),
@@ -130,24 +138,47 @@ pub fn fuse(queue: &Queue, p: FuseParams, operands: &FuseOperands) -> Result<(),
     for (name, slots) in slots {
         check(OP, name, slots, &[DType::U32], &[tokens])?;
     }
-    let (source_width, target_width) = (o.source.width(), o.target.width());
-    for projector in [&o.keys, &o.values] {
-        check_projector(projector, p.use_target, source_width, target_width, o.target.kv_heads())?;
-        let need = fuse_scratch_len(projector, tokens, source_width, target_width, o.target.kv_heads());
-        if o.scratch.dtype() != DType::F32 || o.scratch.elements() < need {
+    let mut first: Option<FuseExtent> = None;
+    for layer in &o.layers {
+        let extent = check_layer(layer, p.use_target, &o.scratch)?;
+        let extents = [&layer.keys, &layer.values].map(|projector| FuseExtent::new(projector, 0, 0, 0));
+        if extents[0] != extents[1] || first.is_some_and(|first| first != extent) {
             return Err(ShapeError {
                 op: OP,
-                operand: "scratch",
-                found: format!("{:?}", o.scratch),
-                expected: format!("F32[≥ {need}]"),
+                operand: "layers",
+                found: format!("projectors of {extent:?} and others"),
+                expected: "projectors of one size".into(),
             });
         }
+        first = Some(extent);
     }
-    for (name, pages) in [("source", &o.source), ("target", &o.target), ("base", &o.base), ("out", &o.out)] {
-        check_apart(OP, &o.scratch, &[(name, &pages.keys), (name, &pages.values)])?;
-    }
-    queue.backend().fuse(queue.id(), p, operands);
+    let Some(extent) = first else { return Ok(()) };
+    let extent = FuseExtent { layers: o.layers.len(), tokens, ..extent };
+    check_scratch(OP, queue, &o.scratch, Scratch::Fuse(extent))?;
+    queue.backend().fuse(queue.id(), p, extent, operands);
     Ok(())
+}
+
+fn check_layer(layer: &FuseLayer, use_target: bool, scratch: &Tensor) -> Result<FuseExtent, ShapeError> {
+    const OP: &str = "fuse";
+    layer.source.check(OP, "source.keys", "source.values")?;
+    layer.target.check(OP, "target.keys", "target.values")?;
+    let dims = layer.target.keys.shape().to_vec();
+    for (name, pages) in [("base.keys", &layer.base), ("out.keys", &layer.out)] {
+        pages.check(OP, name, name)?;
+        let dims = [pages.blocks(), dims[1], dims[2], dims[3]];
+        check(OP, name, &pages.keys, &[layer.target.keys.dtype()], &dims)?;
+    }
+    let (source_width, target_width) = (layer.source.width(), layer.target.width());
+    let kv_heads = layer.target.kv_heads();
+    for projector in [&layer.keys, &layer.values] {
+        check_projector(projector, use_target, source_width, target_width, kv_heads)?;
+    }
+    let pages = [&layer.source, &layer.target, &layer.base, &layer.out];
+    for (name, pages) in ["source", "target", "base", "out"].into_iter().zip(pages) {
+        check_apart(OP, scratch, &[(name, &pages.keys), (name, &pages.values)])?;
+    }
+    Ok(FuseExtent::new(&layer.keys, source_width, target_width, kv_heads))
 }
 
 fn check_projector(

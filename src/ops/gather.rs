@@ -3,9 +3,13 @@
 use super::{KV_DTYPES, ShapeError, check, check_apart};
 use crate::backend::{DType, Queue, Tensor};
 
+/// What kernels keep of a head in registers.
+pub const MAX_HEAD_DIM: usize = 256;
+
 /// One layer's keys and values in pages.
 ///
-/// Both `[blocks, kv_heads, block_size, head_dim]`, F32 or BF16. A *slot* is `block · block_size + offset`.
+/// Both `[blocks, kv_heads, block_size, head_dim]`, F32 or BF16; `block_size` is a power of two, `head_dim` even and at most
+/// [`MAX_HEAD_DIM`]. A *slot* is `block · block_size + offset`.
 #[derive(Clone, Debug)]
 pub struct KvPages {
     pub keys: Tensor,
@@ -43,6 +47,14 @@ impl KvPages {
                 operand: keys,
                 found: format!("{:?}", self.keys),
                 expected: "[blocks, kv_heads, block_size, head_dim]".into(),
+            });
+        }
+        if !dims[2].is_power_of_two() || !dims[3].is_multiple_of(2) || dims[3] > MAX_HEAD_DIM {
+            return Err(ShapeError {
+                op,
+                operand: keys,
+                found: format!("blocks of {} slots, heads of {}", dims[2], dims[3]),
+                expected: format!("a power of two of slots, heads of an even size up to {MAX_HEAD_DIM}"),
             });
         }
         check(op, keys, &self.keys, KV_DTYPES, dims)?;

@@ -1,7 +1,7 @@
 //! Gated linear unit and the soft cap on logits.
 
-use super::{ShapeError, check, check_apart};
-use crate::backend::{DType, Queue, Tensor};
+use super::{FLOATS, Pass, Scratch, ShapeError, Weight, check, check_apart, scratch::check_scratch};
+use crate::backend::{DType, Precision, Queue, Tensor};
 
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -14,23 +14,53 @@ pub enum Activation {
     GeluErf = 2,
 }
 
-#[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct GluParams {
-    pub rows: u32,
-    /// Width of the output; the input is twice as wide.
-    pub cols: u32,
+    pub tokens: u32,
+    /// Width of the output.
+    pub width: u32,
+    pub pass: Pass,
+    pub precision: Precision,
     pub activation: Activation,
 }
 
-/// `x` F32`[tokens, 2 · ffn]` with the gate in the left half, the up projection in the right;
-/// `out` F32`[tokens, ffn]` `= act(gate) · up`.
-pub fn glu(queue: &Queue, x: &Tensor, activation: Activation, out: &Tensor) -> Result<(), ShapeError> {
-    let (rows, cols) = (out.rows(), out.row_len());
-    check("glu", "out", out, &[DType::F32], &[rows, cols])?;
-    check("glu", "x", x, &[DType::F32], &[rows, 2 * cols])?;
-    check_apart("glu", out, &[("x", x)])?;
-    queue.backend().glu(queue.id(), GluParams { rows: rows as u32, cols: cols as u32, activation }, x, out);
+/// `out = act(x · Wgᵀ + bg) · (x · Wuᵀ + bu)`: `x` `[tokens, cols]` and `out` `[tokens, width]` activations, `gate_up` two
+/// parts of `width` rows each. `scratch`: see [`Scratch::LinearGlu`].
+#[allow(clippy::too_many_arguments)]
+pub fn linear_glu(
+    queue: &Queue,
+    pass: Pass,
+    x: &Tensor,
+    gate_up: &Weight,
+    precision: Precision,
+    activation: Activation,
+    scratch: &Tensor,
+    out: &Tensor,
+) -> Result<(), ShapeError> {
+    const OP: &str = "linear_glu";
+    let (tokens, width, cols) = (out.rows(), out.row_len(), gate_up.cols());
+    let activation_dtype = queue.backend().activation_dtype(precision);
+    check(OP, "out", out, &[activation_dtype], &[tokens, width])?;
+    check(OP, "x", x, &[activation_dtype], &[tokens, cols])?;
+    if gate_up.parts.len() != 2 {
+        return Err(ShapeError {
+            op: OP,
+            operand: "gate_up",
+            found: format!("{} parts", gate_up.parts.len()),
+            expected: "gate and up".into(),
+        });
+    }
+    for (part, name) in gate_up.parts.iter().zip(["gate", "up"]) {
+        check(OP, name, &part.matrix, &DType::ALL, &[width, cols])?;
+        if let Some(bias) = &part.bias {
+            check(OP, name, bias, FLOATS, &[width])?;
+        }
+    }
+    check_scratch(OP, queue, scratch, Scratch::LinearGlu { tokens, width })?;
+    check_apart(OP, out, &[("x", x), ("scratch", scratch)])?;
+    check_apart(OP, scratch, &[("x", x)])?;
+    let p = GluParams { tokens: tokens as u32, width: width as u32, pass, precision, activation };
+    queue.backend().linear_glu(queue.id(), p, x, gate_up, scratch, out);
     Ok(())
 }
 

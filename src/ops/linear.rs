@@ -63,7 +63,8 @@ pub struct LinearParams {
     pub accumulate: bool,
 }
 
-/// `x` F32`[tokens, cols]`, `out` F32`[tokens, rows]`, not overlapping `x`.
+/// `x` activations of this precision, `[tokens, cols]`; `out` the same or (always where accumulated) F32, `[tokens, rows]`, not
+/// overlapping `x`.
 pub fn linear(
     queue: &Queue,
     pass: Pass,
@@ -74,7 +75,8 @@ pub fn linear(
     out: &Tensor,
 ) -> Result<(), ShapeError> {
     let tokens = x.rows();
-    check("linear", "x", x, &[DType::F32], &[tokens, weight.cols()])?;
+    let activation = queue.backend().activation_dtype(precision);
+    check("linear", "x", x, &[activation], &[tokens, weight.cols()])?;
     for part in &weight.parts {
         let rows = part.matrix.rows();
         check("linear", "weight", &part.matrix, &DType::ALL, &[rows, weight.cols()])?;
@@ -82,7 +84,8 @@ pub fn linear(
             check("linear", "bias", bias, FLOATS, &[rows])?;
         }
     }
-    check("linear", "out", out, &[DType::F32], &[tokens, weight.rows()])?;
+    let outputs = if accumulate { &[DType::F32][..] } else { &[DType::F32, activation] };
+    check("linear", "out", out, outputs, &[tokens, weight.rows()])?;
     check_apart("linear", out, &[("x", x)])?;
     let p = LinearParams { tokens: tokens as u32, pass, precision, accumulate };
     queue.backend().linear(queue.id(), p, x, weight, out);

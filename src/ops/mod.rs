@@ -5,6 +5,7 @@
 //! so. `*Params` structs are scalars: on a GPU the same struct is the kernel's argument.
 
 mod attention;
+pub mod cases;
 mod embed;
 mod fuse;
 mod gather;
@@ -12,18 +13,20 @@ mod glu;
 mod linear;
 mod norm;
 mod rope;
+mod scratch;
 
 pub use attention::{AttentionOperands, AttentionParams, paged_attention};
 pub use embed::{EmbedParams, embed};
 pub(crate) use fuse::FUSE_CHUNK;
-pub use fuse::{Ffn, FuseOperands, FuseParams, Projector, SourceStage, fuse, fuse_scratch_len};
-pub use gather::{KvPages, copy_slots, gather_rows};
-pub use glu::{Activation, GluParams, glu, soft_cap};
+pub use fuse::{Ffn, FuseExtent, FuseLayer, FuseOperands, FuseParams, Projector, SourceStage, fuse};
+pub use gather::{KvPages, MAX_HEAD_DIM, copy_slots, gather_rows};
+pub use glu::{Activation, GluParams, linear_glu, soft_cap};
 pub use linear::{LinearParams, Pass, Weight, WeightPart, linear};
 pub use norm::{NormOutput, RmsNormParams, rms_norm};
 pub use rope::{RopeOperands, RopeParams, rope_kv_write};
+pub use scratch::Scratch;
 
-use crate::backend::{DType, Tensor};
+use crate::backend::{DType, Precision, Queue, Tensor};
 
 /// An operand that does not fit its op.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +57,14 @@ fn check(
     })
 }
 
+/// Dtypes that activations between ops may have: F32, and what the device works with fastest.
+fn activations(queue: &Queue) -> &'static [DType] {
+    match queue.backend().activation_dtype(Precision::Fast) {
+        DType::Bf16 => &[DType::F32, DType::Bf16],
+        _ => &[DType::F32],
+    }
+}
+
 /// Refuses an output that shares memory with an input: a kernel reads the one while it writes the other.
 fn check_apart(op: &'static str, out: &Tensor, inputs: &[(&'static str, &Tensor)]) -> Result<(), ShapeError> {
     match inputs.iter().find(|(_, input)| out.overlaps(input)) {
@@ -78,7 +89,7 @@ mod tests {
 
     #[test]
     fn outputs_in_the_memory_of_inputs_are_refused() {
-        let queue = Queue::new(&open(DeviceChoice::Cpu, 1).unwrap());
+        let queue = Queue::new(&open(DeviceChoice::Cpu, 1).unwrap()).unwrap();
         let tensor = |dims: &[usize]| queue.backend().alloc(DType::F32, dims, "test").unwrap();
         let (x, weight) = (tensor(&[4, 8]), tensor(&[8]));
         let square = Weight::new(tensor(&[8, 8]));
@@ -92,8 +103,15 @@ mod tests {
         norm(NormOutput::Assign, &part(0)).unwrap();
         assert_eq!(norm(NormOutput::Add, &part(0)).unwrap_err().operand, "x");
         assert_eq!(norm(NormOutput::Assign, &part(1)).unwrap_err().operand, "x");
-        let wide = x.reshape(&[2, 16]).unwrap();
-        assert_eq!(glu(&queue, &wide, Activation::Silu, &part(0)).unwrap_err().operand, "x");
+        let glu = |x: &Tensor, scratch: &Tensor, out: &Tensor| {
+            let gate_up = Weight { parts: vec![square.parts[0].clone(), square.parts[0].clone()] };
+            let (pass, precision) = (Pass::Prefill, Precision::F32);
+            linear_glu(&queue, pass, x, &gate_up, precision, Activation::Silu, scratch, out)
+        };
+        let (wide, out) = (tensor(&[4, 16]), tensor(&[4, 8]));
+        glu(&x, &wide, &out).unwrap();
+        assert_eq!(glu(&x, &wide, &x).unwrap_err().operand, "x");
+        assert_eq!(glu(&x, &x, &out).unwrap_err().operand, "scratch");
         let rows = queue.tensor(&[0u32, 1], &[2], "rows").unwrap();
         assert_eq!(gather_rows(&queue, &x, &rows, &part(0)).unwrap_err().operand, "x");
         let ids = queue.tensor(&[0u32, 1], &[2], "ids").unwrap();

@@ -1,6 +1,6 @@
 //! RMSNorm: `y = x / √(mean(x²) + eps) · (offset + weight)`, assigned or added.
 
-use super::{FLOATS, ShapeError, check, check_apart};
+use super::{FLOATS, ShapeError, activations, check, check_apart};
 use crate::backend::{DType, Queue, Tensor};
 
 /// What becomes of the result.
@@ -24,7 +24,8 @@ pub struct RmsNormParams {
     pub output: NormOutput,
 }
 
-/// `x`, `out` F32`[rows, cols]` (may be the same tensor with [`NormOutput::Assign`]), `weight` float `[cols]`.
+/// `x` F32`[rows, cols]`, `out` the same (may be the same tensor with [`NormOutput::Assign`]) or, assigned, activations; `weight`
+/// float `[cols]`.
 pub fn rms_norm(
     queue: &Queue,
     x: &Tensor,
@@ -37,8 +38,10 @@ pub fn rms_norm(
     let (rows, cols) = (x.rows(), x.row_len());
     check("rms_norm", "x", x, &[DType::F32], &[rows, cols])?;
     check("rms_norm", "weight", weight, FLOATS, &[cols])?;
-    check("rms_norm", "out", out, &[DType::F32], &[rows, cols])?;
-    let in_place = output == NormOutput::Assign && x.byte_offset() == out.byte_offset();
+    let outputs = if output == NormOutput::Add { &[DType::F32] } else { activations(queue) };
+    check("rms_norm", "out", out, outputs, &[rows, cols])?;
+    let in_place =
+        output == NormOutput::Assign && x.byte_offset() == out.byte_offset() && x.dtype() == out.dtype();
     let inputs = [("weight", weight), ("x", x)];
     check_apart("rms_norm", out, if in_place { &inputs[..1] } else { &inputs })?;
     let p = RmsNormParams { rows: rows as u32, cols: cols as u32, eps, offset, output };

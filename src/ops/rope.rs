@@ -1,6 +1,6 @@
 //! q/k norm, rotary embedding and the paged K/V write, in one pass over `[q | k | v]`.
 
-use super::{FLOATS, KvPages, ShapeError, check};
+use super::{FLOATS, KvPages, ShapeError, activations, check};
 use crate::backend::{DType, Queue, Tensor};
 
 #[repr(C)]
@@ -22,7 +22,7 @@ pub struct RopeParams {
 /// Operands of [`rope_kv_write`].
 #[derive(Clone, Debug)]
 pub struct RopeOperands {
-    /// F32`[tokens, (heads + 2 · kv_heads) · head_dim]`; q is normalised and rotated in place.
+    /// Activations `[tokens, (heads + 2 · kv_heads) · head_dim]`; q is normalised and rotated in place.
     pub qkv: Tensor,
     /// Float `[head_dim]`, both or none.
     pub q_norm: Option<Tensor>,
@@ -39,7 +39,7 @@ pub fn rope_kv_write(queue: &Queue, p: RopeParams, operands: &RopeOperands) -> R
     const OP: &str = "rope_kv_write";
     let (tokens, head_dim) = (p.tokens as usize, p.head_dim as usize);
     let width = (p.heads as usize + 2 * p.kv_heads as usize) * head_dim;
-    check(OP, "qkv", &operands.qkv, &[DType::F32], &[tokens, width])?;
+    check(OP, "qkv", &operands.qkv, activations(queue), &[tokens, width])?;
     check(OP, "cos_sin", &operands.cos_sin, &[DType::F32], &[tokens, head_dim])?;
     check(OP, "slots", &operands.slots, &[DType::U32], &[tokens])?;
     for (name, norm) in [("q_norm", &operands.q_norm), ("k_norm", &operands.k_norm)] {

@@ -2,9 +2,9 @@
 
 use super::Error;
 use crate::{
-    backend::{Event, Queue},
+    backend::{Event, Graph, Queue},
     cache::{BlockTable, KvColumns, PagedKv},
-    model::{Activations, Batch, Decoder, Goal, SequenceStep},
+    model::{Activations, Batch, Decoder, Extent, Goal, Head, SequenceStep},
     ops::Pass,
 };
 use std::sync::Arc;
@@ -25,13 +25,24 @@ pub struct Lane {
     next_position: u32,
     /// Row of the residual stream that holds the last token of the last pass.
     last_row: usize,
+    /// Made by the first decode step.
+    decode: Option<DecodeStep>,
+}
+
+/// A decode pass captured once: only what [`Batch::fill`] uploads changes from step to step.
+struct DecodeStep {
+    batch: Batch,
+    head: Head,
+    graph: Graph,
 }
 
 impl Lane {
     /// A lane for up to `tokens` tokens.
     pub fn new(decoder: Arc<Decoder>, queue: Queue, kv: PagedKv, tokens: usize) -> Result<Lane, Error> {
         let table = BlockTable::new(kv.pool());
-        let activations = Activations::new(queue.backend(), &decoder.config, tokens.clamp(1, MAX_PASS))?;
+        let pass = tokens.clamp(1, MAX_PASS);
+        let extent = Extent { tokens: pass, sequences: 1, context: tokens.next_multiple_of(kv.block_size()) };
+        let activations = Activations::new(queue.backend(), &decoder.config, decoder.precision, extent)?;
         Ok(Lane {
             decoder,
             queue,
@@ -42,6 +53,7 @@ impl Lane {
             slots: Vec::new(),
             next_position: 0,
             last_row: 0,
+            decode: None,
         })
     }
 
@@ -97,7 +109,7 @@ impl Lane {
         mut after_pass: impl FnMut(&Lane, usize) -> Result<(), Error>,
     ) -> Result<Vec<Event>, Error> {
         let mut events = Vec::new();
-        let capacity = self.activations.capacity();
+        let capacity = self.activations.extent().tokens;
         for (ids, positions) in ids.chunks(capacity).zip(positions.chunks(capacity)) {
             let slots = self.kv.append(&self.queue, &mut self.table, ids.len())?;
             self.slots.extend(&slots);
@@ -136,9 +148,33 @@ impl Lane {
 
     /// One decode step: appends `id` at the next position and returns the logits after it.
     pub fn step(&mut self, id: u32) -> Result<Vec<f32>, Error> {
-        let position = self.next_position;
-        self.append(&[id], &[position], Goal::Hidden, |_, _| {})?;
-        self.logits()
+        let (ids, positions) = ([id], [self.next_position]);
+        let slots = self.kv.append(&self.queue, &mut self.table, 1)?;
+        self.slots.extend(&slots);
+        self.ids.push(id);
+        self.next_position += 1;
+        self.last_row = 0;
+        let (decoder, queue) = (&self.decoder, &self.queue);
+        let blocks = self.table.block_ids();
+        let context = self.slots.len();
+        let step = SequenceStep { ids: &ids, positions: &positions, slots: &slots, blocks: &blocks, context };
+        let decode = match self.decode.take().filter(|decode| decode.batch.max_blocks >= blocks.len()) {
+            Some(decode) => decode,
+            None => {
+                let room = self.activations.extent().context / self.kv.block_size();
+                let room = room.max(blocks.len());
+                let batch = Batch::with_room(queue.backend(), &decoder.config, Pass::Decode, 1, 1, room)?;
+                let head = decoder.head(queue, 1)?;
+                let (layers, activations) = (self.kv.layers(), &self.activations);
+                let graph = queue.capture(|| decoder.decode(queue, &batch, layers, activations, &head))?;
+                DecodeStep { batch, head, graph }
+            }
+        };
+        decode.batch.fill(queue, &decoder.config, &[step])?;
+        queue.replay(&decode.graph);
+        let logits = queue.download_f32(&decode.head.logits)?;
+        self.decode = Some(decode);
+        Ok(logits)
     }
 
     /// Keys and values of layer `layer` for tokens `start..end`.

@@ -9,13 +9,13 @@ use super::{Error, Lane};
 use crate::{
     align::Section,
     backend::{DType, Event, Queue, Tensor},
-    fuser::{FuseCall, Fuser, FusionMode, Gates},
+    fuser::{FuseCall, Fuser, FusionMode, Gates, LayerCall},
     model::Goal,
     ops::{self, KvPages},
 };
 use clap::ValueEnum;
 use serde::Serialize;
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 /// `--overlap`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, ValueEnum)]
@@ -73,6 +73,8 @@ pub enum WantedLogits {
 
 /// Fused tokens a call: bounds the fuser's scratch.
 const MAX_FUSE: usize = 1024;
+/// Elements of scratch that layers fused together may take: 256 MiB.
+const FUSE_SCRATCH: usize = 64 << 20;
 
 /// A receiver, its sharers, and a fuser for each.
 pub struct Link {
@@ -92,6 +94,9 @@ pub struct Link {
 impl Link {
     /// `fusers[i]` and `gates[i]` belong to `sharers[i]`.
     ///
+    /// # Errors
+    /// If the device has no queue for the fuser.
+    ///
     /// # Panics
     /// If there are not as many fusers and gates as sharers.
     pub fn new(
@@ -101,10 +106,10 @@ impl Link {
         gates: Vec<Gates>,
         mode: FusionMode,
         overlap: Overlap,
-    ) -> Link {
+    ) -> Result<Link, Error> {
         assert_eq!((sharers.len(), sharers.len()), (fusers.len(), gates.len()), "a fuser for each sharer");
-        let queue = Queue::new(receiver.queue.backend());
-        Link {
+        let queue = Queue::new(receiver.queue.backend())?;
+        Ok(Link {
             receiver,
             sharers,
             fusers,
@@ -114,7 +119,7 @@ impl Link {
             queue,
             scratch: None,
             fused: Prompt::default(),
-        }
+        })
     }
 
     /// Memory of all caches.
@@ -333,47 +338,81 @@ impl Link {
             pairs.push(self.columns(prompt, sharer, start, end, several)?);
             report.fused_tokens += pairs.last().map_or(0, |pair| pair.tokens);
         }
-        let scratch = self.scratch_for(&selected, end - start)?;
-        for layer in 0..self.receiver.kv.layers().len() {
-            self.queue.wait(&receiver_cached[layer]);
-            let live = self.receiver.kv.layers()[layer].clone();
-            if let Some(plain) = &plain {
-                ops::copy_slots(&self.queue, &live, &plain.from, &plain.pages, &plain.slots)?;
+        let layers = self.receiver.kv.layers().len();
+        // Without overlap all layers are ready at once; a plain copy has room for one.
+        let group = match self.overlap {
+            Overlap::Off if !several => self.layers_at_once(&selected, end - start),
+            _ => 1,
+        };
+        let scratch = self.scratch_for(&selected, group, end - start)?;
+        for first in (0..layers).step_by(group) {
+            let group = first..(first + group).min(layers);
+            for layer in group.clone() {
+                self.queue.wait(&receiver_cached[layer]);
+                if let Some(plain) = &plain {
+                    let live = &self.receiver.kv.layers()[layer];
+                    ops::copy_slots(&self.queue, live, &plain.from, &plain.pages, &plain.slots)?;
+                }
             }
             for (&sharer, pair) in selected.iter().zip(&pairs) {
-                let fuser = &self.fusers[sharer];
-                let gates = self.gates[sharer].get(layer).copied().unwrap_or_default();
-                let Some(source_layer) = fuser.sharer_layer(layer) else { continue };
-                if gates == [0.0; 2] {
-                    continue;
+                let plain = plain.as_ref().map(|plain| &plain.pages);
+                let layers = self.layer_calls(sharer, group.clone(), plain, &sharer_cached[sharer]);
+                for LayerCall { source, .. } in &layers {
+                    report.fused_kv_bytes +=
+                        (2 * pair.tokens * source.width() * source.keys.dtype().block_bytes()) as u64;
                 }
-                // A sharer that had nothing new to read has no events: its cache is from an earlier turn.
-                if let Some(event) = sharer_cached[sharer].get(source_layer) {
-                    self.queue.wait(event);
-                }
-                let source = &self.sharers[sharer].kv.layers()[source_layer];
-                report.fused_kv_bytes +=
-                    (2 * pair.tokens * source.width() * source.keys.dtype().block_bytes()) as u64;
                 for part in &pair.parts {
                     let call = FuseCall {
-                        source,
+                        layers: &layers,
                         source_slots: &part.source,
-                        target: plain.as_ref().map_or(&live, |plain| &plain.pages),
                         target_slots: part.in_copy.as_ref().unwrap_or(&part.target),
-                        base: &live,
                         base_slots: &part.target,
-                        out: &live,
                         out_slots: &part.target,
                         scratch: &scratch,
                         precision: self.receiver.decoder.precision,
-                        gates,
                     };
-                    fuser.issue_layer(&self.queue, layer, call)?;
+                    self.fusers[sharer].issue(&self.queue, call)?;
                 }
             }
-            fused[layer] = Some(self.queue.record());
+            for layer in group {
+                fused[layer] = Some(self.queue.record());
+            }
         }
         Ok(())
+    }
+
+    /// What sharer `sharer` adds to the receiver's layers `layers`, once the fuser's queue has waited for its side.
+    fn layer_calls<'a>(
+        &'a self,
+        sharer: usize,
+        layers: Range<usize>,
+        plain: Option<&'a KvPages>,
+        cached: &[Event],
+    ) -> Vec<LayerCall<'a>> {
+        let mut calls = Vec::new();
+        for layer in layers {
+            let gates = self.gates[sharer].get(layer).copied().unwrap_or_default();
+            let Some(source_layer) = self.fusers[sharer].sharer_layer(layer) else { continue };
+            if gates == [0.0; 2] {
+                continue;
+            }
+            // A sharer that had nothing new to read has no events: its cache is from an earlier turn.
+            if let Some(event) = cached.get(source_layer) {
+                self.queue.wait(event);
+            }
+            let source = &self.sharers[sharer].kv.layers()[source_layer];
+            let live = &self.receiver.kv.layers()[layer];
+            let target = plain.unwrap_or(live);
+            calls.push(LayerCall { layer, gates, source, target, base: live, out: live });
+        }
+        calls
+    }
+
+    /// As many layers as [`FUSE_SCRATCH`] has room for.
+    fn layers_at_once(&self, selected: &[usize], tokens: usize) -> usize {
+        let layers = self.receiver.kv.layers().len().max(1);
+        let fits = |&layers: &usize| self.scratch_need(selected, layers, tokens) <= FUSE_SCRATCH;
+        (1..=layers).rev().find(fits).unwrap_or(1)
     }
 
     fn slots_tensor(&self, slots: &[u32]) -> Result<Tensor, Error> {
@@ -422,9 +461,15 @@ impl Link {
         Ok(PlainCopy { pages, from, slots: self.slots_tensor(&slots)? })
     }
 
-    fn scratch_for(&mut self, selected: &[usize], tokens: usize) -> Result<Tensor, Error> {
-        let tokens = tokens.min(MAX_FUSE);
-        let need = selected.iter().map(|&sharer| self.fusers[sharer].scratch_len(tokens)).max().unwrap_or(0);
+    /// Elements of scratch for `layers` layers of `tokens` tokens.
+    fn scratch_need(&self, selected: &[usize], layers: usize, tokens: usize) -> usize {
+        let backend = self.queue.backend().as_ref();
+        let need = |&sharer: &usize| self.fusers[sharer].scratch_len(backend, layers, tokens.min(MAX_FUSE));
+        selected.iter().map(need).max().unwrap_or(0)
+    }
+
+    fn scratch_for(&mut self, selected: &[usize], layers: usize, tokens: usize) -> Result<Tensor, Error> {
+        let need = self.scratch_need(selected, layers, tokens);
         match &self.scratch {
             Some(scratch) if scratch.elements() >= need => Ok(scratch.clone()),
             _ => {

@@ -234,7 +234,7 @@ impl Session {
         }
         let blocks = tokens.div_ceil(BLOCK_SIZE).max(1);
         let kv = config.paged_kv(&self.backend, blocks, BLOCK_SIZE, self.options.dtype.kv())?;
-        Lane::new(model.decoder.clone(), Queue::new(&self.backend), kv, tokens)
+        Lane::new(model.decoder.clone(), Queue::new(&self.backend)?, kv, tokens)
     }
 
     /// A receiver linked to all sharers, with room for `receiver_tokens` and `sharer_tokens[i]` tokens.
@@ -243,7 +243,7 @@ impl Session {
         let lanes = self.sharers.iter().zip(sharer_tokens).map(|(model, &tokens)| self.lane(model, tokens));
         let sharers = lanes.collect::<Result<Vec<Lane>, Error>>()?;
         let o = &self.options;
-        Ok(Link::new(receiver, sharers, self.fusers.clone(), self.gates.clone(), o.multi_sharer, o.overlap))
+        Link::new(receiver, sharers, self.fusers.clone(), self.gates.clone(), o.multi_sharer, o.overlap)
     }
 
     /// Answers one question; `on_text` is called with each piece of the answer as it comes.

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-type Operation = Box<dyn FnOnce(&mut Team) + Send>;
+type Operation = Arc<dyn Fn(&mut Team) + Send + Sync>;
 
 enum Item {
     Run(Operation),
@@ -61,7 +61,15 @@ struct State {
     lanes: Vec<Lane>,
     last: usize,
     schedule: Schedule,
+    /// Queues that nobody holds any more.
+    released: Vec<usize>,
+    /// A queue whose operations are being recorded instead of run, and those so far.
+    capture: Option<(usize, Vec<Operation>)>,
 }
+
+/// Operations recorded once, to be issued again and again.
+#[derive(Clone)]
+pub struct Graph(Arc<[Operation]>);
 
 impl State {
     /// Index of a queue whose next item may run.
@@ -99,22 +107,56 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Executor {
     pub fn new(threads: usize, schedule: Schedule) -> Executor {
-        let state = State { lanes: Vec::new(), last: 0, schedule };
+        let (lanes, released) = (Vec::new(), Vec::new());
+        let state = State { lanes, last: 0, schedule, released, capture: None };
         Executor { state: Mutex::new(state), team: Mutex::new(Team::new(threads)) }
     }
 
     pub fn new_queue(&self) -> usize {
         let mut state = lock(&self.state);
+        if let Some(queue) = state.released.pop() {
+            return queue;
+        }
         state.lanes.push(Lane::default());
         state.lanes.len() - 1
+    }
+
+    /// The next new queue may be this one: what was issued on it still runs.
+    pub fn release_queue(&self, queue: usize) {
+        lock(&self.state).released.push(queue);
     }
 
     fn push(&self, queue: usize, item: Item) {
         lock(&self.state).lanes[queue].items.push_back(item);
     }
 
-    pub fn issue(&self, queue: usize, operation: impl FnOnce(&mut Team) + Send + 'static) {
-        self.push(queue, Item::Run(Box::new(operation)));
+    pub fn issue(&self, queue: usize, operation: impl Fn(&mut Team) + Send + Sync + 'static) {
+        let operation: Operation = Arc::new(operation);
+        match &mut lock(&self.state).capture {
+            Some((captured, operations)) if *captured == queue => return operations.push(operation),
+            _ => {}
+        }
+        self.push(queue, Item::Run(operation));
+    }
+
+    pub fn begin_capture(&self, queue: usize) -> Result<(), Error> {
+        let mut state = lock(&self.state);
+        if state.capture.is_some() {
+            return Err(Error::Capture("another capture is under way".into()));
+        }
+        state.capture = Some((queue, Vec::new()));
+        Ok(())
+    }
+
+    pub fn end_capture(&self, queue: usize) -> Result<Graph, Error> {
+        match lock(&self.state).capture.take() {
+            Some((captured, operations)) if captured == queue => Ok(Graph(operations.into())),
+            _ => Err(Error::Capture("this queue was not being captured".into())),
+        }
+    }
+
+    pub fn replay(&self, queue: usize, graph: &Graph) {
+        graph.0.iter().for_each(|operation| self.push(queue, Item::Run(operation.clone())));
     }
 
     pub fn record(&self, queue: usize) -> Event {
@@ -146,7 +188,7 @@ impl Executor {
                 }
                 Item::Run(operation) => {
                     let start = Instant::now();
-                    operation(&mut team);
+                    operation.as_ref()(&mut team);
                     lock(&self.state).lanes[lane].busy += start.elapsed();
                 }
             }
@@ -181,6 +223,31 @@ mod tests {
                 assert!(at('a') < at('b'), "seed {seed}: {order:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_captured_queue_runs_when_replayed() {
+        let executor = Executor::new(1, Schedule::Steady);
+        let (queue, other) = (executor.new_queue(), executor.new_queue());
+        let (send, receive) = mpsc::channel();
+        let issue = |queue, what| {
+            let send = send.clone();
+            executor.issue(queue, move |_| send.send(what).unwrap());
+        };
+        executor.begin_capture(queue).unwrap();
+        assert!(matches!(executor.begin_capture(other), Err(Error::Capture(_))));
+        issue(queue, 'a');
+        issue(other, 'o');
+        issue(queue, 'b');
+        let graph = executor.end_capture(queue).unwrap();
+        assert!(matches!(executor.end_capture(queue), Err(Error::Capture(_))));
+        executor.synchronize(queue).unwrap();
+        executor.synchronize(other).unwrap();
+        assert_eq!(receive.try_iter().collect::<String>(), "o");
+        executor.replay(queue, &graph);
+        executor.replay(queue, &graph);
+        executor.synchronize(queue).unwrap();
+        assert_eq!(receive.try_iter().collect::<String>(), "abab");
     }
 
     #[test]

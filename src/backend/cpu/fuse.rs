@@ -12,7 +12,8 @@ use super::{
 use crate::{
     backend::{Precision, Tensor},
     ops::{
-        Activation, FUSE_CHUNK, Ffn, FuseOperands, FuseParams, KvPages, NormOutput, Pass, Projector, Weight,
+        Activation, FUSE_CHUNK, Ffn, FuseExtent, FuseLayer, FuseOperands, FuseParams, KvPages, NormOutput,
+        Pass, Projector, Weight,
     },
 };
 use std::ops::Range;
@@ -20,17 +21,29 @@ use std::ops::Range;
 /// Of the fuser's RMSNorm, whatever the models use.
 const NORM_EPS: f32 = 1e-6;
 
+/// Elements of scratch: per token of a chunk its input row, three hidden rows, one inner row, the projected row and the
+/// weights of the heads. Layers follow one another in the same memory.
+pub(super) fn scratch_len(e: FuseExtent) -> usize {
+    let staged = if e.stage > 0 { e.target_width } else { e.source_width };
+    let input = (staged + e.target_width).max(e.source_width);
+    e.tokens.min(FUSE_CHUNK) * (input + 3 * e.hidden.max(e.stage) + e.inner + e.target_width + e.kv_heads)
+}
+
 pub(super) fn fuse(team: &mut Team, simd: Simd, p: FuseParams, o: &FuseOperands) {
-    let halves = [(Half::Keys, &o.keys, p.key_gate), (Half::Values, &o.values, p.value_gate)];
+    o.layers.iter().for_each(|layer| fuse_layer(team, simd, p, layer, o));
+}
+
+fn fuse_layer(team: &mut Team, simd: Simd, p: FuseParams, layer: &FuseLayer, o: &FuseOperands) {
+    let halves = [(Half::Keys, &layer.keys, layer.gates[0]), (Half::Values, &layer.values, layer.gates[1])];
     for (half, projector, gate) in halves {
-        let base = Columns::new(half, &o.base, &o.base_slots);
-        let out = Columns::new(half, &o.out, &o.out_slots);
+        let base = Columns::new(half, &layer.base, &o.base_slots);
+        let out = Columns::new(half, &layer.out, &o.out_slots);
         if gate == 0.0 {
             copy(base, out);
             continue;
         }
-        let source = Columns::new(half, &o.source, &o.source_slots);
-        let target = Columns::new(half, &o.target, &o.target_slots);
+        let source = Columns::new(half, &layer.source, &o.source_slots);
+        let target = Columns::new(half, &layer.target, &o.target_slots);
         let tokens = p.tokens as usize;
         for first in (0..tokens).step_by(FUSE_CHUNK) {
             let chunk = first..(first + FUSE_CHUNK).min(tokens);

@@ -116,8 +116,17 @@ impl Element for half::f16 {
 }
 
 impl Tensor {
+    /// # Panics
+    /// If the tensor lies on another device than the queue of the op that has it as an operand.
+    pub(in crate::backend::cpu) fn memory(&self) -> &Memory {
+        match self.storage() {
+            Storage::Cpu(memory) => memory,
+            Storage::Cuda(_) => panic!("{self:?} lies on a GPU, the op runs on the CPU"),
+        }
+    }
+
     fn cpu_ptr(&self) -> *mut u8 {
-        let Storage::Cpu(memory) = self.storage();
+        let memory = self.memory();
         assert!(self.byte_offset() + self.bytes() <= memory.len(), "tensor {self:?} reaches past its memory");
         // SAFETY: the sum was just checked to lie within the allocation.
         unsafe { memory.base().add(self.byte_offset()) }
@@ -145,7 +154,7 @@ impl Tensor {
     /// The raw bytes, for writing; same contract as [`Tensor::host_mut`].
     #[allow(clippy::mut_from_ref)]
     pub(in crate::backend::cpu) fn host_bytes_mut(&self) -> &mut [u8] {
-        let Storage::Cpu(memory) = self.storage();
+        let memory = self.memory();
         assert!(memory.is_writable(), "a mapped file is never an output");
         // SAFETY: in bounds; exclusion as documented at `host_mut`.
         unsafe { std::slice::from_raw_parts_mut(self.cpu_ptr(), self.bytes()) }
@@ -157,7 +166,7 @@ impl Tensor {
     /// If the dtype is not `T`'s or the memory is a mapped file.
     #[allow(clippy::mut_from_ref)]
     pub(in crate::backend::cpu) fn host_mut<T: Element>(&self) -> &mut [T] {
-        let Storage::Cpu(memory) = self.storage();
+        let memory = self.memory();
         assert!(memory.is_writable(), "a mapped file is never an output");
         assert_eq!(self.dtype(), T::DTYPE, "operand written as the wrong dtype");
         // SAFETY: in bounds, aligned (owned memory is 64-byte aligned and offsets are whole elements); the executor

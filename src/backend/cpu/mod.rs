@@ -12,12 +12,12 @@ mod rope;
 mod simd;
 mod team;
 
-pub use executor::{Event, Schedule};
+pub use executor::{Event, Graph, Schedule};
 pub use limits::Limits;
 pub use memory::{Element, Memory, map_file};
 pub use simd::Simd;
 
-use super::{Backend, DType, Error, Event as AnyEvent, Shape, Storage, Tensor};
+use super::{Backend, DType, Error, Event as AnyEvent, Graph as AnyGraph, Precision, Shape, Storage, Tensor};
 use crate::ops;
 use executor::Executor;
 use memmap2::Mmap;
@@ -69,6 +69,19 @@ impl Backend for Cpu {
         self.threads
     }
 
+    fn activation_dtype(&self, _: Precision) -> DType {
+        DType::F32
+    }
+
+    fn scratch_len(&self, scratch: ops::Scratch) -> usize {
+        match scratch {
+            ops::Scratch::LinearGlu { tokens, width } => tokens * 2 * width,
+            // Partial results live with the threads.
+            ops::Scratch::Attention { .. } => 0,
+            ops::Scratch::Fuse(extent) => fuse::scratch_len(extent),
+        }
+    }
+
     fn alloc(&self, dtype: DType, dims: &[usize], what: &str) -> Result<Tensor, Error> {
         Self::allocate(dtype, dims, what)
     }
@@ -104,8 +117,12 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn new_queue(&self) -> usize {
-        self.executor.new_queue()
+    fn new_queue(&self) -> Result<usize, Error> {
+        Ok(self.executor.new_queue())
+    }
+
+    fn release_queue(&self, queue: usize) {
+        self.executor.release_queue(queue)
     }
 
     fn record(&self, queue: usize) -> AnyEvent {
@@ -113,8 +130,23 @@ impl Backend for Cpu {
     }
 
     fn wait(&self, queue: usize, event: &AnyEvent) {
-        let AnyEvent::Cpu(event) = event;
-        self.executor.wait(queue, event)
+        if let AnyEvent::Cpu(event) = event {
+            self.executor.wait(queue, event)
+        }
+    }
+
+    fn begin_capture(&self, queue: usize) -> Result<(), Error> {
+        self.executor.begin_capture(queue)
+    }
+
+    fn end_capture(&self, queue: usize) -> Result<AnyGraph, Error> {
+        Ok(AnyGraph::Cpu(self.executor.end_capture(queue)?))
+    }
+
+    fn replay(&self, queue: usize, graph: &AnyGraph) {
+        if let AnyGraph::Cpu(graph) = graph {
+            self.executor.replay(queue, graph)
+        }
     }
 
     fn synchronize(&self, queue: usize) -> Result<(), Error> {
@@ -136,9 +168,19 @@ impl Backend for Cpu {
         self.executor.issue(queue, move |team| linear::linear(team, simd, p, &x, &weight, &out));
     }
 
-    fn glu(&self, queue: usize, p: ops::GluParams, x: &Tensor, out: &Tensor) {
-        let (simd, x, out) = (self.simd, x.clone(), out.clone());
-        self.executor.issue(queue, move |team| pointwise::glu(team, simd, p, &x, &out));
+    fn linear_glu(
+        &self,
+        queue: usize,
+        p: ops::GluParams,
+        x: &Tensor,
+        gate_up: &ops::Weight,
+        scratch: &Tensor,
+        out: &Tensor,
+    ) {
+        let (simd, x, weight) = (self.simd, x.clone(), gate_up.clone());
+        let (scratch, out) = (scratch.clone(), out.clone());
+        self.executor
+            .issue(queue, move |team| linear::linear_glu(team, simd, p, &x, &weight, &scratch, &out));
     }
 
     fn rope_kv_write(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeOperands) {
@@ -174,7 +216,7 @@ impl Backend for Cpu {
         self.executor.issue(queue, move |team| pointwise::soft_cap(team, cap, &x));
     }
 
-    fn fuse(&self, queue: usize, p: ops::FuseParams, operands: &ops::FuseOperands) {
+    fn fuse(&self, queue: usize, p: ops::FuseParams, _: ops::FuseExtent, operands: &ops::FuseOperands) {
         let (simd, operands) = (self.simd, operands.clone());
         self.executor.issue(queue, move |team| fuse::fuse(team, simd, p, &operands));
     }

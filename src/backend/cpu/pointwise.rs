@@ -156,8 +156,9 @@ pub(super) fn erf(x: f32) -> f32 {
     if a < 0.5 { series * x } else { tail.copysign(x) }
 }
 
-pub(super) fn glu(team: &mut Team, simd: Simd, p: GluParams, x: &Tensor, out: &Tensor) {
-    let (cols, x) = (p.cols as usize, x.host::<f32>());
+/// `x`: gate beside up.
+pub(super) fn glu(team: &mut Team, simd: Simd, p: GluParams, x: &[f32], out: &Tensor) {
+    let cols = p.width as usize;
     let per_task = rows_per_task(cols);
     team.chunks_mut(out.host_mut::<f32>(), per_task * cols, |task, rows| {
         for (i, y) in rows.chunks_exact_mut(cols).enumerate() {

@@ -3,7 +3,7 @@
 use super::{Kernels, Simd, Team, portable, run, vector::Emulated};
 use crate::{
     backend::{DType, Tensor, cpu::Cpu},
-    ops::{AttentionOperands, AttentionParams, KvPages},
+    ops::{AttentionOperands, AttentionParams, KvPages, Pass},
 };
 use half::bf16;
 
@@ -101,6 +101,7 @@ fn case(shape: Shape, sequences: Sequences, seeds: &[u64]) -> Case {
     let context: Vec<u32> = sequences.iter().map(|s| s.1 as u32).collect();
     Case {
         p: AttentionParams {
+            pass: if tokens == sequences.len() { Pass::Decode } else { Pass::Prefill },
             tokens: tokens as u32,
             sequences: sequences.len() as u32,
             heads: heads as u32,
@@ -119,6 +120,7 @@ fn case(shape: Shape, sequences: Sequences, seeds: &[u64]) -> Case {
             context: tensor(&context, &[sequences.len()]),
             block_tables: tensor(&order[..sequences.len() * max_blocks], &[sequences.len(), max_blocks]),
             out: tensor(&vec![f32::NAN; tokens * heads * dim], &[tokens, heads * dim]),
+            scratch: tensor::<f32>(&[], &[0]),
         },
     }
 }
@@ -245,7 +247,7 @@ fn head_dims_and_ratios() {
 
 #[test]
 fn lengths_and_block_sizes() {
-    for block_size in [1, 5, 16, 32, 100] {
+    for block_size in [1, 4, 16, 32, 128] {
         for new in [1, 7, 54, 97, 260] {
             for earlier in [0, 1, 15, 16, 130, 700] {
                 let dtype = BOTH[(new + earlier) % 2];

@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     backend::{DType, Precision, Tensor},
-    ops::{LinearParams, Pass, Weight},
+    ops::{GluParams, LinearParams, Pass, Weight},
 };
 use gemm::Output;
 use levels::Form;
@@ -46,6 +46,22 @@ use std::{cell::RefCell, ops::Range};
 const MAX_TOKENS: usize = 1024;
 /// Least bytes of weights worth a task when rows are read in place.
 const TASK_BYTES: usize = 8 << 10;
+
+/// Gate and up side by side into `scratch`, then the product of the two.
+pub(super) fn linear_glu(
+    team: &mut Team,
+    simd: Simd,
+    p: GluParams,
+    x: &Tensor,
+    gate_up: &Weight,
+    scratch: &Tensor,
+    out: &Tensor,
+) {
+    let tokens = p.tokens as usize;
+    let both = &mut scratch.host_mut::<f32>()[..tokens * 2 * p.width as usize];
+    matmul(team, simd, p.pass, p.precision, false, tokens, x.host(), gate_up, both);
+    pointwise::glu(team, simd, p, both, out);
+}
 
 pub(super) fn linear(
     team: &mut Team,

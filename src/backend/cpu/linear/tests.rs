@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    backend::{Backend, DType, Storage, cpu::blocks},
+    backend::{Backend, DType, cpu::blocks},
     ops::WeightPart,
 };
 
@@ -375,6 +375,6 @@ fn no_rows_and_no_tokens_are_fine() {
     );
     let weight = Weight::new(tensor(DType::F32, 4, 8));
     matmul(&mut Team::new(2), Simd::detect(), Pass::Decode, Precision::Fast, false, 0, &[], &weight, &mut []);
-    let Storage::Cpu(memory) = weight.parts[0].matrix.storage();
+    let memory = weight.parts[0].matrix.memory();
     assert!(!memory.is_empty());
 }

@@ -1,0 +1,211 @@
+//! Attention over pages: kernels/attention_prefill.cu and attention_decode.cu.
+
+use super::{Launch, launch::KernelArgs};
+use crate::{
+    backend::DType,
+    ops::{AttentionOperands, AttentionParams, Pass},
+};
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct AttentionArgs {
+    q: u64,
+    keys: u64,
+    values: u64,
+    cu_q: u64,
+    context: u64,
+    block_tables: u64,
+    out: u64,
+    partials: u64,
+    sequences: u32,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    q_stride: u32,
+    max_blocks: u32,
+    block_size: u32,
+    splits: u32,
+    window: u32,
+    scale: f32,
+    soft_cap: f32,
+}
+
+// SAFETY: twin of `AttentionArgs` in kernels/attention.cuh.
+unsafe impl KernelArgs for AttentionArgs {}
+
+/// One launch for a prompt; for decoding, the splits and then their combination.
+///
+/// # Panics
+/// If the size of a head is odd or above 256, the block size no power of two, or the scale not positive.
+pub(super) fn paged_attention(
+    p: AttentionParams,
+    o: &AttentionOperands,
+) -> (Launch, Option<Launch>, AttentionArgs) {
+    let block_size = o.pages.block_size() as u32;
+    assert!(block_size.is_power_of_two(), "paged_attention: blocks of {block_size} slots");
+    assert!(p.scale > 0.0, "paged_attention: a scale of {}", p.scale);
+    let splits = most_splits(p.max_blocks * block_size, p.window);
+    let (first, second) = launches(p, splits, o.q.dtype(), o.pages.keys.dtype());
+    let args = AttentionArgs {
+        q: o.q.address(),
+        keys: o.pages.keys.address(),
+        values: o.pages.values.address(),
+        cu_q: o.cu_q.address(),
+        context: o.context.address(),
+        block_tables: o.block_tables.address(),
+        out: o.out.address(),
+        partials: if p.pass == Pass::Decode { o.scratch.address() } else { 0 },
+        sequences: p.sequences,
+        heads: p.heads,
+        kv_heads: p.kv_heads,
+        head_dim: p.head_dim,
+        q_stride: p.q_stride,
+        max_blocks: p.max_blocks,
+        block_size,
+        splits,
+        window: p.window,
+        scale: p.scale,
+        soft_cap: p.soft_cap,
+    };
+    (first, second, args)
+}
+
+/// F32 elements of the partial results: of each sequence, split and head `head_dim` sums, a maximum and a sum of
+/// exponentials.
+pub(super) fn scratch_len(sequences: usize, heads: usize, head_dim: usize, context: usize) -> usize {
+    sequences * most_splits(context as u32, 0) as usize * heads * (head_dim + 2)
+}
+
+/// The most splits that a sequence of up to `context` keys has: twin of `Splits` in attention_decode.cu, where up to 32
+/// splits of 128 to 1024 keys grow with the context, and more are added after that.
+fn most_splits(context: u32, window: u32) -> u32 {
+    // The first split begins at a multiple of 16.
+    let keys = if window > 0 { context.min(window.saturating_add(15)) } else { context };
+    keys.div_ceil(128).min(32).max(keys.div_ceil(1024))
+}
+
+/// The launches for operands of these types.
+pub(super) fn launches(p: AttentionParams, splits: u32, q: DType, pages: DType) -> (Launch, Option<Launch>) {
+    assert!(p.head_dim <= 256 && p.head_dim.is_multiple_of(2), "paged_attention: heads of {}", p.head_dim);
+    let kernels = Kernels::of(&p, q, pages);
+    let group = p.heads / p.kv_heads;
+    if p.pass == Pass::Prefill {
+        // Each sequence may have a tile that is not full: see `QueryTile`.
+        let tiles = p.tokens * group / kernels.rows + p.sequences;
+        let Kernels { prefill: kernel, prefill_shared: shared, .. } = kernels;
+        return (Launch { kernel, grid: (tiles, p.kv_heads, 1), block: 128, shared }, None);
+    }
+    let Kernels { decode: kernel, decode_warps, decode_shared: shared, .. } = kernels;
+    let parts = group.div_ceil(kernels.heads);
+    let grid = (splits, p.kv_heads * parts, p.sequences);
+    let combine = if q == DType::Bf16 { "attention_combine_bf16" } else { "attention_combine_f32" };
+    (
+        Launch { kernel, grid, block: 32 * decode_warps, shared },
+        Some(Launch { kernel: combine, grid: (p.heads, p.sequences, 1), block: 128, shared: 0 }),
+    )
+}
+
+struct Kernels {
+    prefill: &'static str,
+    /// Rows of a tile.
+    rows: u32,
+    prefill_shared: u32,
+    decode: &'static str,
+    decode_warps: u32,
+    /// Of a group, in one block.
+    heads: u32,
+    decode_shared: u32,
+}
+
+impl Kernels {
+    fn of(p: &AttentionParams, q: DType, pages: DType) -> Kernels {
+        // Queries are copied 16 bytes at a time; pages lie so that they can be if this is so.
+        let aligned = p.q_stride.is_multiple_of(8);
+        let (prefill, decode) = match (q, pages, p.head_dim) {
+            (DType::Bf16, DType::Bf16, 16) if aligned => {
+                ("attention_prefill_16_bf16", "attention_decode_16_bf16")
+            }
+            (DType::Bf16, DType::Bf16, 32) if aligned => {
+                ("attention_prefill_32_bf16", "attention_decode_32_bf16")
+            }
+            (DType::Bf16, DType::Bf16, 64) if aligned => {
+                ("attention_prefill_64_bf16", "attention_decode_64_bf16")
+            }
+            (DType::Bf16, DType::Bf16, 96) if aligned => {
+                ("attention_prefill_96_bf16", "attention_decode_96_bf16")
+            }
+            (DType::Bf16, DType::Bf16, 128) if aligned => {
+                ("attention_prefill_128_bf16", "attention_decode_128_bf16")
+            }
+            (DType::Bf16, DType::Bf16, 256) if aligned => {
+                ("attention_prefill_256_bf16", "attention_decode_256_bf16")
+            }
+            _ => return Kernels::plain(p, q, pages),
+        };
+        // Twins of `Layout` and `Decode`: tiles of keys, values and queries; queries and two stages of 16 keys and
+        // values a warp.
+        let row = 2 * p.head_dim;
+        let keys = if p.head_dim <= 128 { 64 } else { 32 };
+        let decode_warps = if p.head_dim <= 128 { 4 } else { 2 };
+        Kernels {
+            prefill,
+            rows: 64,
+            prefill_shared: (2 * keys + 64) * row,
+            decode,
+            decode_warps,
+            heads: 16,
+            decode_shared: (1 + decode_warps * 2 * 2) * 16 * row,
+        }
+    }
+
+    /// Without tensor cores.
+    fn plain(p: &AttentionParams, q: DType, pages: DType) -> Kernels {
+        let (prefill, decode) = match (q, pages, p.head_dim <= 128) {
+            (DType::Bf16, DType::Bf16, true) => {
+                ("attention_prefill_plain_128_bf16_bf16", "attention_decode_plain_128_bf16_bf16")
+            }
+            (DType::Bf16, DType::Bf16, false) => {
+                ("attention_prefill_plain_256_bf16_bf16", "attention_decode_plain_256_bf16_bf16")
+            }
+            (DType::Bf16, _, true) => {
+                ("attention_prefill_plain_128_bf16_f32", "attention_decode_plain_128_bf16_f32")
+            }
+            (DType::Bf16, _, false) => {
+                ("attention_prefill_plain_256_bf16_f32", "attention_decode_plain_256_bf16_f32")
+            }
+            (_, DType::Bf16, true) => {
+                ("attention_prefill_plain_128_f32_bf16", "attention_decode_plain_128_f32_bf16")
+            }
+            (_, DType::Bf16, false) => {
+                ("attention_prefill_plain_256_f32_bf16", "attention_decode_plain_256_f32_bf16")
+            }
+            (_, _, true) => ("attention_prefill_plain_128_f32_f32", "attention_decode_plain_128_f32_f32"),
+            (_, _, false) => ("attention_prefill_plain_256_f32_f32", "attention_decode_plain_256_f32_f32"),
+        };
+        Kernels { prefill, rows: 32, prefill_shared: 0, decode, decode_warps: 4, heads: 8, decode_shared: 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `Splits` in attention_decode.cu, written out again.
+    fn splits(keys: u32) -> u32 {
+        let mut length = 128;
+        while length < 1024 && length * 32 < keys {
+            length *= 2;
+        }
+        keys.div_ceil(length)
+    }
+
+    #[test]
+    fn no_context_has_more_splits_than_the_grid() {
+        let mut most = 0;
+        for keys in 1..100_000 {
+            most = most.max(splits(keys));
+            assert_eq!(most_splits(keys, 0), most, "{keys} keys");
+        }
+        assert_eq!(most_splits(100_000, 512), 5, "527 keys from a multiple of 16 on");
+    }
+}

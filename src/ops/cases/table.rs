@@ -1,0 +1,189 @@
+//! The cases.
+
+use super::{Case, FuseCase};
+use crate::{
+    backend::DType,
+    ops::{Activation, NormOutput, Pass},
+};
+
+const FLOATS: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
+
+fn matrices() -> impl Iterator<Item = DType> {
+    DType::ALL.into_iter().filter(|&dtype| dtype != DType::U32)
+}
+
+/// Every case.
+pub fn table() -> Vec<Case> {
+    let mut all = Vec::new();
+    pointwise(&mut all);
+    linear(&mut all);
+    attention(&mut all);
+    fuse(&mut all);
+    all
+}
+
+fn pointwise(all: &mut Vec<Case>) {
+    for dtype in matrices() {
+        all.push(Case::Embed { dtype, vocab: 11, hidden: 256 + dtype.block_len(), tokens: 7 });
+    }
+    for (rows, cols) in [(1, 1), (7, 54), (3, 97), (2, 2048)] {
+        for (weight, output) in
+            FLOATS.into_iter().zip([NormOutput::Assign, NormOutput::Add].into_iter().cycle())
+        {
+            all.push(Case::RmsNorm { rows, cols, weight, output });
+        }
+    }
+    all.push(Case::RmsNorm { rows: 5, cols: 896, weight: DType::F32, output: NormOutput::Add });
+    all.push(Case::RmsNorm { rows: 5, cols: 896, weight: DType::Bf16, output: NormOutput::Assign });
+    for (rows, cols, taken) in [(1, 1, 3), (9, 97, 4), (4, 512, 7)] {
+        all.push(Case::GatherRows { rows, cols, taken });
+    }
+    for (kv_heads, head_dim, block_sizes, tokens) in
+        [(1, 8, [1, 8], 5), (3, 54, [16, 16], 33), (2, 64, [16, 4], 19)]
+    {
+        all.push(Case::CopySlots { kv_heads, head_dim, block_sizes, tokens });
+    }
+    for elements in [1, 97, 5000] {
+        all.push(Case::SoftCap { elements });
+    }
+    for (heads, kv_heads, head_dim, tokens, block_size, norm, interleaved) in [
+        (1, 1, 8, 1, 16, None, false),
+        (4, 2, 16, 7, 16, Some(DType::F32), false),
+        (9, 3, 64, 33, 16, None, true),
+        (4, 1, 256, 5, 16, Some(DType::Bf16), false),
+        (2, 1, 96, 18, 1, Some(DType::F16), true),
+        (3, 3, 54, 6, 8, Some(DType::F32), true),
+        (16, 8, 128, 3, 16, Some(DType::Bf16), false),
+    ] {
+        all.push(Case::Rope { heads, kv_heads, head_dim, tokens, block_size, norm, interleaved });
+    }
+}
+
+fn linear(all: &mut Vec<Case>) {
+    let one = |pass, dtype, rows, cols, tokens| Case::Linear {
+        pass,
+        parts: vec![(dtype, rows)],
+        cols,
+        tokens,
+        bias: None,
+        accumulate: false,
+    };
+    for pass in [Pass::Prefill, Pass::Decode] {
+        // Odd sizes, in the formats that allow them.
+        for dtype in FLOATS {
+            for (rows, cols, tokens) in [(1, 1, 1), (7, 54, 3), (97, 97, 7), (54, 136, 9)] {
+                all.push(one(pass, dtype, rows, cols, tokens));
+            }
+        }
+        // Every format, tokens on both sides of what a kernel takes at once.
+        for dtype in matrices() {
+            for (rows, blocks, tokens) in [(33, 2, 1), (70, 1, 5), (17, 3, 9)] {
+                all.push(one(pass, dtype, rows, blocks * dtype.block_len().max(32), tokens));
+            }
+        }
+        // Stacks of parts, biases, accumulation.
+        let mixed = vec![(DType::Bf16, 40), (DType::Q8_0, 24), (DType::Bf16, 9)];
+        let same = vec![(DType::Bf16, 65), (DType::Bf16, 33), (DType::Bf16, 30)];
+        for (parts, bias, accumulate) in [
+            (mixed.clone(), Some(DType::F32), false),
+            (mixed, None, true),
+            (same.clone(), Some(DType::Bf16), false),
+            (same, Some(DType::F16), true),
+        ] {
+            for tokens in [1, 11] {
+                all.push(Case::Linear { pass, parts: parts.clone(), cols: 96, tokens, bias, accumulate });
+            }
+        }
+        for (dtype, width, cols, tokens, bias, activation) in [
+            (DType::Bf16, 80, 64, 5, None, Activation::Silu),
+            (DType::Bf16, 33, 54, 1, Some(DType::F32), Activation::GeluTanh),
+            (DType::F32, 70, 97, 3, Some(DType::F32), Activation::GeluErf),
+            (DType::Q4K, 48, 512, 9, None, Activation::Silu),
+            (DType::Q5_0, 130, 64, 2, Some(DType::Bf16), Activation::Silu),
+        ] {
+            all.push(Case::LinearGlu { pass, dtype, width, cols, tokens, bias, activation });
+        }
+    }
+    // Several tiles each way.
+    all.push(one(Pass::Prefill, DType::Bf16, 300, 320, 150));
+    all.push(one(Pass::Prefill, DType::Q4K, 140, 512, 130));
+    all.push(one(Pass::Prefill, DType::Q6K, 129, 256, 65));
+}
+
+fn attention(all: &mut Vec<Case>) {
+    let mut push =
+        |pass, heads, kv_heads, head_dim, sequences: &[(usize, usize)], block_size, window, soft_cap| {
+            let sequences = sequences.to_vec();
+            all.push(Case::Attention {
+                pass,
+                heads,
+                kv_heads,
+                head_dim,
+                sequences,
+                block_size,
+                window,
+                soft_cap,
+            });
+        };
+    let prefill = Pass::Prefill;
+    push(prefill, 1, 1, 8, &[(1, 1)], 16, 0, 0.0);
+    push(prefill, 2, 1, 16, &[(7, 7), (2, 20), (33, 33)], 16, 0, 0.0);
+    push(prefill, 9, 3, 64, &[(54, 97), (17, 17)], 16, 0, 0.0);
+    push(prefill, 14, 2, 64, &[(70, 70)], 16, 0, 0.0);
+    push(prefill, 4, 1, 256, &[(20, 65), (3, 16)], 16, 24, 0.0);
+    push(prefill, 8, 8, 96, &[(19, 130)], 16, 64, 50.0);
+    push(prefill, 16, 8, 128, &[(129, 140), (1, 5), (40, 40)], 16, 0, 0.0);
+    push(prefill, 3, 1, 54, &[(9, 30)], 8, 10, 0.0);
+    push(prefill, 4, 2, 32, &[(65, 65)], 1, 16, 20.0);
+    let decode = Pass::Decode;
+    push(decode, 1, 1, 8, &[(1, 1)], 16, 0, 0.0);
+    push(decode, 9, 3, 64, &[(1, 33), (1, 1), (1, 97)], 16, 0, 0.0);
+    push(decode, 14, 2, 64, &[(1, 600)], 16, 0, 0.0);
+    push(decode, 4, 1, 256, &[(1, 300), (1, 255)], 16, 100, 0.0);
+    push(decode, 8, 8, 96, &[(1, 257), (1, 256)], 16, 0, 50.0);
+    push(decode, 16, 8, 128, &[(1, 512), (1, 513), (1, 17)], 16, 0, 0.0);
+    push(decode, 16, 2, 128, &[(1, 40)], 16, 16, 0.0);
+    push(decode, 3, 1, 54, &[(1, 30), (1, 8)], 8, 10, 0.0);
+}
+
+fn fuse(all: &mut Vec<Case>) {
+    let c2c = FuseCase {
+        layers: 1,
+        tokens: 7,
+        source: (2, 32),
+        target: (4, 16),
+        hidden: 64,
+        inner: 96,
+        blocks: 1,
+        weights: DType::Bf16,
+        scalar: true,
+        use_target: true,
+        stage: 0,
+        gates: [1.0, 1.0],
+        apart: false,
+    };
+    all.extend(
+        [
+            FuseCase { tokens: 1, ..c2c.clone() },
+            FuseCase { weights: DType::F32, ..c2c.clone() },
+            FuseCase {
+                layers: 3,
+                tokens: 70,
+                source: (2, 64),
+                target: (8, 32),
+                hidden: 128,
+                inner: 128,
+                ..c2c.clone()
+            },
+            FuseCase { scalar: false, ..c2c.clone() },
+            FuseCase { scalar: false, use_target: false, tokens: 33, ..c2c.clone() },
+            FuseCase { apart: true, gates: [1.0, 0.25], ..c2c.clone() },
+            FuseCase { gates: [0.0, 1.0], ..c2c.clone() },
+            FuseCase { apart: true, gates: [1.0, 0.0], ..c2c.clone() },
+            FuseCase { stage: 48, tokens: 20, source: (1, 48), ..c2c.clone() },
+            FuseCase { blocks: 3, layers: 2, tokens: 19, ..c2c.clone() },
+            FuseCase { hidden: 60, inner: 52, source: (3, 10), target: (2, 6), weights: DType::F16, ..c2c },
+        ]
+        .map(Case::Fuse),
+    );
+}

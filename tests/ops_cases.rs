@@ -1,0 +1,87 @@
+//! Every case of the one table, on every level of the CPU and on a GPU, against plain f32 arithmetic.
+
+mod device;
+
+use c2c::{
+    backend::{
+        Backend, Precision, Queue,
+        cpu::{Cpu, Schedule, Simd},
+    },
+    ops::cases::{Case, Made, Run, table},
+};
+use std::sync::Arc;
+
+const F32: Run = Run { precision: Precision::F32, rounded: false };
+/// What a plain implementation in bf16 computes: inputs and outputs rounded, everything between in f32.
+const PLAIN: Run = Run { precision: Precision::F32, rounded: true };
+const FAST: Run = Run { precision: Precision::Fast, rounded: false };
+
+fn run(case: &Case, backend: &Arc<dyn Backend>, how: Run) -> Vec<Made> {
+    let queue = Queue::new(backend).unwrap();
+    case.run(&queue, how).unwrap_or_else(|error| panic!("{case:?}: {error}"))
+}
+
+fn plain_cpu() -> Arc<dyn Backend> {
+    Cpu::with(1, Simd::Portable, Schedule::Steady)
+}
+
+/// The largest difference, and the root mean square of `b`.
+fn difference(a: &[f32], b: &[f32]) -> (f64, f64) {
+    assert_eq!(a.len(), b.len());
+    let pairs = || a.iter().zip(b).map(|(&a, &b)| (f64::from(a), f64::from(b)));
+    let most =
+        pairs().map(|(a, b)| if a.is_finite() { (a - b).abs() } else { f64::INFINITY }).fold(0.0, f64::max);
+    let size = (pairs().map(|(_, b)| b * b).sum::<f64>() / a.len().max(1) as f64).sqrt();
+    (most, size)
+}
+
+/// |ours − f32| ≤ 2 · |the same op in that precision by plain arithmetic − f32|, and an allowance of `floor` of the output's size.
+fn judge(case: &Case, reference: &[Made], plain: &[Made], ours: &[Made], floor: f64) {
+    assert!(!reference.is_empty() && reference.len() == ours.len(), "{case:?}: outputs");
+    for ((reference, plain), ours) in reference.iter().zip(plain).zip(ours) {
+        let name = &ours.name;
+        assert!(reference.values.iter().all(|x| x.is_finite()), "{case:?}: {name} of the reference");
+        let (allowed, _) = difference(&plain.values, &reference.values);
+        let (found, size) = difference(&ours.values, &reference.values);
+        let limit = 2.0 * allowed + floor * size;
+        assert!(
+            found <= limit,
+            "{case:?}: {name} is off by {found:.3e}, allowed are {limit:.3e} (rms {size:.3e})"
+        );
+    }
+}
+
+/// Rounding of f32 sums in another order.
+const ORDER: f64 = 2e-5;
+
+#[test]
+fn every_level_of_the_cpu_agrees_in_f32() {
+    let plain = plain_cpu();
+    for simd in [Simd::Avx2, Simd::Avx512] {
+        let level: Arc<dyn Backend> = Cpu::with(2, simd, Schedule::Steady);
+        for case in table() {
+            let reference = run(&case, &plain, F32);
+            judge(&case, &reference, &reference, &run(&case, &level, F32), ORDER);
+        }
+    }
+}
+
+#[test]
+fn a_gpu_agrees_in_f32() {
+    let Some(gpu) = device::cuda() else { return };
+    let plain = plain_cpu();
+    for case in table() {
+        let reference = run(&case, &plain, F32);
+        judge(&case, &reference, &reference, &run(&case, &gpu, F32), ORDER);
+    }
+}
+
+#[test]
+fn a_gpu_agrees_in_bf16() {
+    let Some(gpu) = device::cuda() else { return };
+    let plain = plain_cpu();
+    for case in table() {
+        let (reference, rounded) = (run(&case, &plain, F32), run(&case, &plain, PLAIN));
+        judge(&case, &reference, &rounded, &run(&case, &gpu, FAST), ORDER);
+    }
+}
