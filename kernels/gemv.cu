@@ -5,54 +5,25 @@
 // tile. Rows of blocks come through a ring of tiles in shared memory, 16 bytes a lane whatever the block's size; plain
 // rows come straight into registers. x waits in shared memory. A row's sum has the same order for any number of tokens,
 // rows and blocks: 32 lanes, each over its columns in the order of the tiles, then a butterfly.
+//
+// Grid (blocks that share the rows, tokens / TOKENS, matrices), the matrices of one dtype. Rows of plain types begin at
+// multiples of 16 bytes: linear_f32.cu takes the others.
 #include "lanes.cuh"
+#include "parts.cuh"
 #include "ptx.cuh"
 
-constexpr unsigned WARPS = 4, THREADS = WARPS * WARP, ROWS = 2, STAGES = 3, PARTS = 3;
-
-enum Epilogue : uint32_t { ASSIGN_F32 = 0, ADD_F32 = 1, ASSIGN_BF16 = 2, GLU_BF16 = 3 };
-
-// Up to three matrices of one dtype and one width, blockIdx.z the matrix; of a GLU: gate and up projection, together.
-// Grid: (blocks that share the rows, tokens / TOKENS, matrices). Rows of plain types are multiples of 8 long.
-struct GemvArgs {
-    // [rows, cols]
-    const void* weights[PARTS];
-    // [rows] or null
-    const void* biases[PARTS];
-    // [tokens, cols]
-    const bf16* x;
-    // [tokens, out_stride]
-    void* out;
-    // `columns`: where a matrix's first row is in `out`.
-    uint32_t rows[PARTS], columns[PARTS], bias_dtypes[PARTS];
-    uint32_t tokens, cols, out_stride;
-    // Tiles of x that are held in shared memory at a time.
-    uint32_t segment;
-    uint32_t epilogue, activation;
-};
-
-struct Part {
-    const uint8_t* weights;
-    const void* biases;
-    uint32_t rows, column, bias_dtype;
-};
-__device__ __forceinline__ Part part(const GemvArgs& a, unsigned p) {
-    const auto pick = [p](auto x, auto y, auto z) { return p == 0 ? x : p == 1 ? y : z; };
-    return {static_cast<const uint8_t*>(pick(a.weights[0], a.weights[1], a.weights[2])),
-            pick(a.biases[0], a.biases[1], a.biases[2]), pick(a.rows[0], a.rows[1], a.rows[2]),
-            pick(a.columns[0], a.columns[1], a.columns[2]),
-            pick(a.bias_dtypes[0], a.bias_dtypes[1], a.bias_dtypes[2])};
-}
+constexpr unsigned WARPS = 4, THREADS = WARPS * WARP, ROWS = 2, STAGES = 3;
 
 // x of `tiles` tiles from tile `first` on into shared memory, in the lanes' order; the last token again in place of
 // tokens past the last. What lies past the last column is not written, nor read.
 template <typename LANE, unsigned TOKENS>
-__device__ __forceinline__ void stage_x(const GemvArgs& a, uint32_t first, uint32_t tiles, uint8_t* shared) {
+__device__ __forceinline__ void stage_x(const PartsArgs& a, uint32_t first, uint32_t tiles, uint8_t* shared) {
     const uint32_t pieces = min(tiles * TILE, a.cols - first * TILE) / 8;
 #pragma unroll
     for (unsigned t = 0; t < TOKENS; ++t) {
         const uint32_t token = min(blockIdx.y * TOKENS + t, a.tokens - 1);
-        const uint4* x = reinterpret_cast<const uint4*>(a.x + size_t(token) * a.cols + first * TILE);
+        const bf16* from = static_cast<const bf16*>(a.x) + size_t(token) * a.cols + first * TILE;
+        const uint4* x = reinterpret_cast<const uint4*>(from);
 #pragma unroll (TOKENS == 1 ? 4 : 1)
         for (uint32_t i = threadIdx.x; i < pieces; i += THREADS) {
             const uint4 words = x[i];
@@ -77,7 +48,7 @@ __device__ __forceinline__ float dot8(const float (&a)[8], const float (&b)[8]) 
 
 // A warp's sums, `row` and, but of a GLU, the row after it, to where they belong: lane t has those of token t.
 template <unsigned TOKENS>
-__device__ __forceinline__ void store(const GemvArgs& a, const Part& w, uint32_t row, float (&sums)[TOKENS][ROWS]) {
+__device__ __forceinline__ void store(const PartsArgs& a, const Part& w, uint32_t row, float (&sums)[TOKENS][ROWS]) {
     const unsigned lane = threadIdx.x % WARP;
     float y[ROWS] = {};
 #pragma unroll
@@ -90,26 +61,17 @@ __device__ __forceinline__ void store(const GemvArgs& a, const Part& w, uint32_t
     }
     const uint32_t token = blockIdx.y * TOKENS + lane;
     if (lane >= TOKENS || token >= a.tokens) return;
-    const bool glu = a.epilogue == GLU_BF16;
     const size_t at = size_t(token) * a.out_stride + w.column + row;
-    if (glu) {
-        const Part up = part(a, 1);
-        if (w.biases) y[0] += load_float(w.biases, w.bias_dtype, row);
-        if (up.biases) y[1] += load_float(up.biases, up.bias_dtype, row);
-        static_cast<bf16*>(a.out)[at] = from_float<bf16>(activate(a.activation, y[0]) * y[1]);
-        return;
-    }
-#pragma unroll
-    for (unsigned r = 0; r < ROWS; ++r) {
-        if (row + r >= w.rows) return;
-        if (w.biases) y[r] += load_float(w.biases, w.bias_dtype, row + r);
-        if (a.epilogue == ASSIGN_BF16) static_cast<bf16*>(a.out)[at + r] = from_float<bf16>(y[r]);
-        else if (a.epilogue == ADD_F32) static_cast<float*>(a.out)[at + r] += y[r];
-        else static_cast<float*>(a.out)[at + r] = y[r];
+    y[0] += w.bias(row);
+    if (a.epilogue == GLU) {
+        put(a, at, activate(a.activation, y[0]) * (y[1] + part(a, 1).bias(row)));
+    } else {
+        put(a, at, y[0]);
+        if (row + 1 < w.rows) put(a, at + 1, y[1] + w.bias(row + 1));
     }
 }
 
-template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const GemvArgs& a) {
+template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const PartsArgs& a) {
     using Format = Block<CODE>;
     using Weights = Lane<CODE>;
     constexpr bool PLAIN = Format::LEN == 8;
@@ -122,7 +84,7 @@ template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const 
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     uint8_t* ring = xs + TOKENS * a.segment * X_TILE + warp * (STAGES * ROWS * SLOT);
 
-    const bool glu = a.epilogue == GLU_BF16;
+    const bool glu = a.epilogue == GLU;
     const Part w = part(a, blockIdx.z);
     const uint32_t row_bytes = a.cols / Format::LEN * Format::BYTES, tiles = div_up(a.cols, TILE);
     const uint32_t step = glu ? 1 : ROWS, first = (blockIdx.x * WARPS + warp) * step, stride = gridDim.x * WARPS * step;
@@ -219,14 +181,14 @@ template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const 
     }
 }
 
-// Blocks a multiprocessor is to hold: at most 168, 128, 96, 80 registers a thread.
-constexpr int blocks_at_once(int code, int tokens) { 
-    return code == Q2_K && tokens == 8 ? 3 : code == F32 || tokens == 8 ? 4 : tokens == 4 ? 5 : 6;
+// Blocks a multiprocessor is to hold: they bound the registers of a thread to 168, 128, 96, 80.
+constexpr int blocks_at_once(int code, unsigned tokens) {
+    return code == F32 ? 4 : tokens == 8 ? code == F16 || code == BF16 ? 4 : 3 : tokens == 4 ? 5 : 6;
 }
 
 #define KERNEL(NAME, CODE, TOKENS)                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS, blocks_at_once(CODE, TOKENS))                               \
-        NAME##_##TOKENS(const __grid_constant__ GemvArgs a) {                                                         \
+        NAME##_##TOKENS(const __grid_constant__ PartsArgs a) {                                                         \
         gemv<CODE, TOKENS>(a);                                                                                        \
     }
 #define KERNELS(NAME, CODE)                                                                                           \
