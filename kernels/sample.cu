@@ -14,7 +14,8 @@ constexpr unsigned CHUNK = 2048, THREADS = 256, WARPS = THREADS / WARP, MAX_K = 
 
 // One row's parameters. `top_k` 0, `top_p` 1 and `min_p` 0 are off; `published`: top-p drops the token that crosses p.
 struct SampleRow {
-    uint64_t seed;
+    // Low and high half.
+    uint32_t seed[2];
     uint32_t choice, step;
     float temperature;
     uint32_t top_k;
@@ -32,6 +33,8 @@ struct Sampled {
     // The token drawn; of NOT_A_NUMBER: the first such logit.
     uint32_t token;
     uint32_t status;
+    // The most probable token, of equals the first.
+    uint32_t best;
 };
 
 struct SampleArgs {
@@ -86,7 +89,7 @@ __device__ __forceinline__ float weight(float x, float max, float temperature) {
 
 // rng.rs: the first uniform number in [0, 1) of (seed, Purpose::Sampling, choice, step), Philox4x32-10.
 __device__ __forceinline__ double uniform(const SampleRow& p) {
-    uint32_t c0 = 0, c1 = p.step, c2 = p.choice, c3 = 0, k0 = uint32_t(p.seed), k1 = p.seed >> 32;
+    uint32_t c0 = 0, c1 = p.step, c2 = p.choice, c3 = 0, k0 = p.seed[0], k1 = p.seed[1];
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
         const uint32_t a = __umulhi(0xd2511f53u, c0), b = __umulhi(0xcd9e8d57u, c2);
@@ -320,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_draw(const __gri
     nan = block_reduce(nan, nan_scratch, smaller);
     out.sum = block_reduce(sum, sum_scratch, plus);
     out.max = best ? key_logit(best) : -INFINITY;
-    out.token = key_id(best);
+    out.token = out.best = key_id(best);
 
     if (a.k > 0) {
         // The best so far, then as many of the chunks' as there is place for; again until all were there.
