@@ -210,7 +210,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_sums(const __grid_c
 // top-k is off. One thread: the host's additions in the host's order. `a.k` is returned if that takes more tokens.
 __device__ __forceinline__ unsigned draw_ranked(const SampleArgs& a, const SampleRow& p, const float* weights,
                                                 unsigned count, double total, double u) {
-    if (p.top_k != 0 && p.top_k < a.vocab) {
+    const bool by_k = p.top_k != 0 && p.top_k < a.vocab;
+    if (by_k) {
         if (p.top_k > a.k) return a.k;
         count = min(count, p.top_k);
         total = 0;
@@ -227,7 +228,7 @@ __device__ __forceinline__ unsigned draw_ranked(const SampleArgs& a, const Sampl
             if (p.published ? sum > limit : sum >= limit) break;
         }
         if (crossing < count) count = p.published ? max(crossing, 1u) : crossing + 1;
-        else if (p.top_k == 0 && count == a.k) return a.k;
+        else if (!by_k && count == a.k) return a.k;
     }
     // Ranked weights fall: min-p takes from the end.
     while (count > 0 && weights[count - 1] < p.min_p) --count;
@@ -358,12 +359,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_draw(const __gri
             if (a.sums) out.token = draw_any(a, p, out.max, u);
             else out.status = NEEDS_HOST;
         } else {
-            // Shared memory need not be set past the row's last possible token.
-            unsigned count = 0;
-            for (unsigned i = threadIdx.x; i < a.k; i += THREADS) {
-                count = a.k <= a.vocab && keys[i] ? 1 : 0;
-                if (count) weights[i] = weight(key_logit(keys[i]), out.max, p.temperature);
-            }
+            static_assert(MAX_K <= THREADS);
+            const unsigned i = threadIdx.x;
+            const bool possible = i < a.k && keys[i] != 0;
+            if (possible) weights[i] = weight(key_logit(keys[i]), out.max, p.temperature);
+            const unsigned count = __syncthreads_count(possible);
             double total = 0;
             if (a.sums) {
                 for (uint32_t i = threadIdx.x; i < a.chunks; i += THREADS) {
@@ -371,7 +371,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_draw(const __gri
                 }
             }
             total = block_reduce(total, sum_scratch, plus);
-            count = __syncthreads_count(count);
             if (threadIdx.x == 0) {
                 const unsigned drawn = draw_ranked(a, p, weights, count, total, u);
                 if (drawn < a.k) out.token = key_id(keys[drawn]);
