@@ -76,10 +76,10 @@ struct Keys {
 
 // Some consecutive rows of a sequence.
 struct QueryTile {
-    uint32_t sequence;
-    uint32_t token;  // the sequence's first, in q
-    uint32_t at;     // its key index
-    uint32_t row, rows;
+    uint32_t sequence = 0;
+    uint32_t token = 0;  // the sequence's first, in q
+    uint32_t at = 0;     // its key index
+    uint32_t row = 0, rows = 0;
 
     // The host knows the number of tokens but not whose they are: the grid has room for the tiles of any division into
     // sequences, at most tokens * group / ROWS + sequences, and each block looks for its own. The last tiles, which
