@@ -174,6 +174,8 @@ template <int D, int M> struct Running {
 
     // Turns scores into exponentials under the rows' new maxima, and shrinks what was summed under the old ones.
     template <int KEYS> __device__ void softmax(float (&s)[M][KEYS / 8][4], float outer) {
+        float shrink[M][2];
+        bool moved = false;
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -184,7 +186,8 @@ template <int D, int M> struct Running {
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 2));
                 const float before = top[m][h], now = fmaxf(before, largest * outer);
-                const float shrink = exp2_approx(before - now);
+                shrink[m][h] = exp2_approx(before - now);
+                moved |= now > before;
                 top[m][h] = now;
                 float total = 0.f;
 #pragma unroll
@@ -194,10 +197,17 @@ template <int D, int M> struct Running {
                         s[m][n][i] = exp2_approx(fmaf(s[m][n][i], outer, -now));
                         total += s[m][n][i];
                     }
-                sum[m][h] = sum[m][h] * shrink + total;
-#pragma unroll
-                for (int n = 0; n < D / 8; ++n) out[m][n][2 * h] *= shrink, out[m][n][2 * h + 1] *= shrink;
+                sum[m][h] = sum[m][h] * shrink[m][h] + total;
             }
+        // Maxima soon stop moving: then all factors are 1.
+        if (__any_sync(FULL_MASK, moved)) {
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) out[m][n][i] *= shrink[m][i / 2];
+        }
     }
 
     // s = Q K^T for the tile's keys, of which with EDGE only the sixteens that contain one of `from..to` are computed.

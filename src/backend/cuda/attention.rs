@@ -105,6 +105,9 @@ pub(super) fn launches(p: AttentionParams, splits: u32, q: DType, pages: DType) 
     )
 }
 
+/// Rows (a head's query of a token) from which a card is busy with tiles of 128 of them.
+const LONG: u32 = 256 * 128;
+
 struct Kernels {
     prefill: &'static str,
     /// Rows of a tile.
@@ -121,36 +124,43 @@ impl Kernels {
     fn of(p: &AttentionParams, q: DType, pages: DType) -> Kernels {
         // Queries are copied 16 bytes at a time; pages lie so that they can be if this is so.
         let aligned = p.q_stride.is_multiple_of(8);
-        let (prefill, decode) = match (q, pages, p.head_dim) {
-            (DType::Bf16, DType::Bf16, 16) if aligned => {
-                ("attention_prefill_16_bf16", "attention_decode_16_bf16")
-            }
-            (DType::Bf16, DType::Bf16, 32) if aligned => {
-                ("attention_prefill_32_bf16", "attention_decode_32_bf16")
-            }
-            (DType::Bf16, DType::Bf16, 64) if aligned => {
-                ("attention_prefill_64_bf16", "attention_decode_64_bf16")
-            }
-            (DType::Bf16, DType::Bf16, 96) if aligned => {
-                ("attention_prefill_96_bf16", "attention_decode_96_bf16")
-            }
-            (DType::Bf16, DType::Bf16, 128) if aligned => {
-                ("attention_prefill_128_bf16", "attention_decode_128_bf16")
-            }
-            (DType::Bf16, DType::Bf16, 256) if aligned => {
-                ("attention_prefill_256_bf16", "attention_decode_256_bf16")
-            }
+        if q != DType::Bf16 || pages != DType::Bf16 || !aligned {
+            return Kernels::plain(p, q, pages);
+        }
+        let (prefill, long, decode) = match p.head_dim {
+            16 => ("attention_prefill_16_bf16", None, "attention_decode_16_bf16"),
+            32 => ("attention_prefill_32_bf16", None, "attention_decode_32_bf16"),
+            64 => (
+                "attention_prefill_64_bf16",
+                Some("attention_prefill_64_long_bf16"),
+                "attention_decode_64_bf16",
+            ),
+            96 => (
+                "attention_prefill_96_bf16",
+                Some("attention_prefill_96_long_bf16"),
+                "attention_decode_96_bf16",
+            ),
+            128 => (
+                "attention_prefill_128_bf16",
+                Some("attention_prefill_128_long_bf16"),
+                "attention_decode_128_bf16",
+            ),
+            256 => ("attention_prefill_256_bf16", None, "attention_decode_256_bf16"),
             _ => return Kernels::plain(p, q, pages),
         };
-        // Twins of `Layout` and `Decode`: tiles of keys, values and queries; queries and two stages of 16 keys and
-        // values a warp.
+        let (prefill, rows) = match long {
+            Some(long) if p.tokens * p.heads >= LONG => (long, 128),
+            _ => (prefill, 64),
+        };
+        // Twins of `Layout` and `Decode`: queries and two tiles of keys and values; queries and for each warp two
+        // stages of 16 keys and values.
         let row = 2 * p.head_dim;
-        let keys = if p.head_dim <= 128 { 64 } else { 32 };
+        let keys = if p.head_dim <= 64 { 64 } else { 32 };
         let decode_warps = if p.head_dim <= 128 { 4 } else { 2 };
         Kernels {
             prefill,
-            rows: 64,
-            prefill_shared: (2 * keys + 64) * row,
+            rows,
+            prefill_shared: (rows + 2 * 2 * keys) * row,
             decode,
             decode_warps,
             heads: 16,
