@@ -219,7 +219,7 @@ template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void pre
 
 // Names say the largest head_dim and the types of queries and pages.
 #define PLAIN(D, Q_NAME, Q, T_NAME, T)                                                                                \
-    extern "C" __global__ void __launch_bounds__(WARPS* WARP)                                                         \
+    extern "C" __global__ void __launch_bounds__(WARPS* WARP, 2)                                                      \
         attention_prefill_plain_##D##_##Q_NAME##_##T_NAME(const __grid_constant__ AttentionArgs a) {                  \
         prefill_plain<Q, T, D / WARP>(a);                                                                             \
     }
