@@ -40,12 +40,13 @@ unsafe impl KernelArgs for AttentionArgs {}
 pub(super) fn paged_attention(
     p: AttentionParams,
     o: &AttentionOperands,
+    processors: u32,
 ) -> (Launch, Option<Launch>, AttentionArgs) {
     let block_size = o.pages.block_size() as u32;
     assert!(block_size.is_power_of_two(), "paged_attention: blocks of {block_size} slots");
     assert!(p.scale > 0.0, "paged_attention: a scale of {}", p.scale);
     let splits = most_splits(p.max_blocks * block_size, p.window);
-    let (first, second) = launches(p, splits, o.q.dtype(), o.pages.keys.dtype());
+    let (first, second) = launches(p, splits, o.q.dtype(), o.pages.keys.dtype(), processors);
     let args = AttentionArgs {
         q: o.q.address(),
         keys: o.pages.keys.address(),
@@ -84,10 +85,16 @@ fn most_splits(context: u32, window: u32) -> u32 {
     keys.div_ceil(128).min(32).max(keys.div_ceil(1024))
 }
 
-/// The launches for operands of these types.
-pub(super) fn launches(p: AttentionParams, splits: u32, q: DType, pages: DType) -> (Launch, Option<Launch>) {
+/// The launches for operands of these types, on a card of so many multiprocessors.
+pub(super) fn launches(
+    p: AttentionParams,
+    splits: u32,
+    q: DType,
+    pages: DType,
+    processors: u32,
+) -> (Launch, Option<Launch>) {
     assert!(p.head_dim <= 256 && p.head_dim.is_multiple_of(2), "paged_attention: heads of {}", p.head_dim);
-    let kernels = Kernels::of(&p, q, pages);
+    let kernels = Kernels::of(&p, q, pages, processors);
     let group = p.heads / p.kv_heads;
     if p.pass == Pass::Prefill {
         // Each sequence may have a tile that is not full: see `QueryTile`.
@@ -105,9 +112,6 @@ pub(super) fn launches(p: AttentionParams, splits: u32, q: DType, pages: DType) 
     )
 }
 
-/// Rows (a head's query of a token) from which a card is busy with tiles of 128 of them.
-const LONG: u32 = 256 * 128;
-
 struct Kernels {
     prefill: &'static str,
     /// Rows of a tile.
@@ -121,7 +125,7 @@ struct Kernels {
 }
 
 impl Kernels {
-    fn of(p: &AttentionParams, q: DType, pages: DType) -> Kernels {
+    fn of(p: &AttentionParams, q: DType, pages: DType, processors: u32) -> Kernels {
         // Queries are copied 16 bytes at a time; pages lie so that they can be if this is so.
         let aligned = p.q_stride.is_multiple_of(8);
         if q != DType::Bf16 || pages != DType::Bf16 || !aligned {
@@ -148,8 +152,9 @@ impl Kernels {
             256 => ("attention_prefill_256_bf16", None, "attention_decode_256_bf16"),
             _ => return Kernels::plain(p, q, pages),
         };
+        // Tiles of 128 rows, where two a multiprocessor can be had. No bit of a result depends on it.
         let (prefill, rows) = match long {
-            Some(long) if p.tokens * p.heads >= LONG => (long, 128),
+            Some(long) if p.tokens * p.heads >= 2 * 128 * processors => (long, 128),
             _ => (prefill, 64),
         };
         // Twins of `Layout` and `Decode`: queries and two tiles of keys and values; queries and for each warp two

@@ -371,7 +371,7 @@ impl Backend for Cuda {
     }
 
     fn paged_attention(&self, queue: usize, p: ops::AttentionParams, operands: &ops::AttentionOperands) {
-        let (launch, combine, args) = attention::paged_attention(p, operands);
+        let (launch, combine, args) = attention::paged_attention(p, operands, self.processors);
         self.launch(queue, &launch, &args);
         if let Some(combine) = combine {
             self.launch(queue, &combine, &args);
