@@ -1,6 +1,6 @@
 //! Every width against f64, over odd sizes, with outliers, and pages whose unused slots are NaN.
 
-use super::{Kernels, Simd, Team, portable, run, vector::Emulated};
+use super::{Kernels, Simd, Team, portable, run};
 use crate::{
     backend::{DType, Tensor, cpu::Cpu},
     ops::{AttentionOperands, AttentionParams, KvPages},
@@ -186,23 +186,9 @@ impl Case {
 }
 
 /// All widths that this machine can run.
-fn widths() -> Vec<(&'static str, Kernels)> {
-    use super::{Vector, decode, prefill};
-    let emulated = Kernels {
-        lanes: Emulated::LANES,
-        prefill: prefill::prefill::<Emulated>,
-        decode: decode::decode::<Emulated>,
-        combine: decode::combine::<Emulated>,
-    };
-    let mut widths = vec![("emulated", emulated)];
-    for (name, simd) in [("AVX2", Simd::Avx2), ("AVX-512", Simd::Avx512)] {
-        if simd <= Simd::detect() {
-            widths.extend(Kernels::of(simd).map(|kernels| (name, kernels)));
-        } else {
-            eprintln!("skipped: {name}, which this CPU lacks");
-        }
-    }
-    widths
+fn widths() -> Vec<(Simd, Kernels)> {
+    let levels = Simd::testable().into_iter();
+    levels.filter_map(|simd| Some((simd, Kernels::of(simd)?))).collect()
 }
 
 fn errors(found: &[f32], exact: &[f64]) -> (f64, f64) {

@@ -72,11 +72,6 @@ pub(super) fn random_input(random: &mut Random, tokens: usize, cols: usize) -> V
     x
 }
 
-fn levels_here() -> Vec<Simd> {
-    let levels = [Simd::Portable, Simd::Avx2, Simd::Avx512];
-    levels.into_iter().filter(|&level| level <= Simd::detect()).collect()
-}
-
 /// Exact products `[tokens, rows]` of the dequantised weights, and the sum of the magnitudes of what was added up.
 fn reference(x: &[f32], tokens: usize, weight: &Weight) -> (Vec<f64>, Vec<f64>) {
     let cols = weight.cols();
@@ -110,6 +105,11 @@ fn rounded(x: &[f32], cols: usize) -> Vec<f32> {
     (0..x.len() / cols).flat_map(token).collect()
 }
 
+/// `x` as the bf16 paths see it.
+fn rounded_to_bf16(x: &[f32]) -> Vec<f32> {
+    x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect()
+}
+
 #[derive(Clone, Copy)]
 struct Case {
     simd: Simd,
@@ -128,9 +128,9 @@ fn compute(case: &Case, x: &[f32], tokens: usize, weight: &Weight) -> Vec<f32> {
 
 const PASSES: [Pass; 2] = [Pass::Prefill, Pass::Decode];
 
-/// On every level of this machine, as both passes.
+/// On every level that this machine can run, as both passes.
 fn everywhere() -> impl Iterator<Item = (Simd, Pass)> {
-    levels_here().into_iter().flat_map(|simd| PASSES.map(|pass| (simd, pass)))
+    Simd::testable().into_iter().flat_map(|simd| PASSES.map(|pass| (simd, pass)))
 }
 
 const FORMATS: [DType; 14] = [
@@ -169,6 +169,7 @@ fn compare(dtype: DType, rows: usize, cols: usize, tokens: usize) {
     let x = random_input(&mut random, tokens, cols);
     let exact = reference(&x, tokens, &weight);
     let integer = dtype.is_quantized().then(|| reference(&rounded(&x, cols), tokens, &weight));
+    let bf16 = (dtype == DType::Bf16).then(|| reference(&rounded_to_bf16(&x), tokens, &weight));
     for (simd, pass) in everywhere() {
         for accumulate in [false, true] {
             let start = if accumulate { 0.5 } else { 0.0 };
@@ -177,13 +178,14 @@ fn compare(dtype: DType, rows: usize, cols: usize, tokens: usize) {
             check(&what, &compute(&case, &x, tokens, &weight), &exact, start, 2e-6);
             let case = Case { precision: Precision::Fast, ..case };
             let y = compute(&case, &x, tokens, &weight);
-            match &integer {
+            match (Method::of(simd, pass, Precision::Fast, dtype), &integer, &bf16) {
                 // Nothing but f32 rounding apart from exact arithmetic on the same int8 inputs. The levels' unsigned
                 // form adds and subtracts up to 16 times what the weights themselves would.
-                Some(integer) => check(&what, &y, integer, start, 1e-5),
-                // On AVX-512 bf16 weights meet inputs rounded to bf16.
-                None if dtype == DType::Bf16 && simd == Simd::Avx512 => check(&what, &y, &exact, start, 4e-3),
-                None => check(&what, &y, &exact, start, 2e-6),
+                (Method::IntRows | Method::IntPanels, Some(integer), _) => {
+                    check(&what, &y, integer, start, 1e-5)
+                }
+                (Method::Bf16Panels, _, Some(bf16)) => check(&what, &y, bf16, start, 2e-6),
+                _ => check(&what, &y, &exact, start, 2e-6),
             }
         }
     }
@@ -345,7 +347,7 @@ fn expansion_agrees_with_the_blocks() {
     for dtype in FORMATS {
         let matrix = random_matrix(&mut Random(23), dtype, 3, 768);
         let rows = Rows { dtype, bytes: matrix.host_bytes(), row_bytes: matrix.bytes() / 3 };
-        for simd in levels_here() {
+        for simd in Simd::testable() {
             let (mut ours, mut theirs) = (vec![0.0; 768], vec![0.0; 768]);
             pack::to_f32(simd, dtype, rows.row(2), &mut ours);
             blocks::row_to_f32(&matrix, 2, &mut theirs);
