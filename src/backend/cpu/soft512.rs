@@ -9,6 +9,7 @@
 
 #![allow(non_camel_case_types, reason = "the names of std::arch")]
 
+#[cfg(test)]
 mod tests;
 
 pub(super) use std::arch::x86_64::*;

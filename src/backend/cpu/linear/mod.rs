@@ -43,7 +43,8 @@ mod soft512 {
     pub mod int8;
 }
 #[cfg(test)]
-mod tests;
+#[cfg(test)]
+pub(super) mod tests;
 
 use super::{
     Simd, pointwise,

@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// xorshift: the same numbers on every run.
-pub(super) struct Random(pub u64);
+pub(in crate::backend::cpu) struct Random(pub u64);
 
 impl Random {
     pub fn bits(&mut self) -> u64 {
