@@ -13,6 +13,8 @@ mod simd;
 #[cfg(all(test, target_arch = "x86_64"))]
 mod soft512;
 mod team;
+#[cfg(test)]
+mod tests;
 
 pub use executor::{Event, Schedule};
 pub use limits::Limits;

@@ -308,6 +308,20 @@ fn threads_and_company_leave_no_trace() {
     }
 }
 
+/// Where the processor has what the software level stands for.
+#[test]
+fn software_gives_the_bits_of_the_processor() {
+    if Simd::detect() < Simd::Avx512 {
+        return eprintln!("skipped: AVX-512, which this CPU lacks");
+    }
+    for soft_cap in [0.0, 20.0] {
+        let shape = Shape { heads: 6, kv_heads: 2, dim: 80, soft_cap, dtype: DType::Bf16, ..PLAIN };
+        let case = case(shape, &[(150, 150), (1, 1100), (7, 90)], &[3, 1, 4]);
+        let [ours, theirs] = [Simd::Soft512, Simd::Avx512].map(|simd| case.result(2, Kernels::of(simd)));
+        assert_eq!(ours, theirs, "soft cap {soft_cap}");
+    }
+}
+
 #[test]
 fn a_block_that_does_not_exist_is_refused() {
     let case = case(PLAIN, &[(1, 20)], &[1]);

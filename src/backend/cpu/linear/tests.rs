@@ -36,7 +36,12 @@ fn factors(dtype: DType) -> &'static [usize] {
 }
 
 /// Random weights of any format; block formats with random bits and sensible factors.
-pub(super) fn random_matrix(random: &mut Random, dtype: DType, rows: usize, cols: usize) -> Tensor {
+pub(in crate::backend::cpu) fn random_matrix(
+    random: &mut Random,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+) -> Tensor {
     let tensor = tensor(dtype, rows, cols);
     let bytes = tensor.host_bytes_mut();
     if dtype.is_quantized() {
@@ -307,6 +312,27 @@ fn neither_threads_nor_neighbours_change_a_bit() {
                 let some = compute(&case(2), &x[..tokens * 512], tokens, &weight);
                 assert_eq!(some, one[..tokens * weight.rows()], "{tokens} tokens on {simd}, {pass:?}");
             }
+        }
+    }
+}
+
+/// Where the processor has what the software level stands for.
+#[test]
+fn software_gives_the_bits_of_the_processor() {
+    if Simd::detect() < Simd::Avx512Bf16 {
+        return eprintln!("skipped: AVX-512 with BF16, which this CPU lacks");
+    }
+    let mut random = Random(17);
+    for dtype in FORMATS {
+        let cols = if dtype.is_quantized() { 768 } else { 775 };
+        let weight = Weight::new(random_matrix(&mut random, dtype, 97, cols));
+        let x = random_input(&mut random, 54, cols);
+        for precision in [Precision::F32, Precision::Fast] {
+            let [ours, theirs] = [Simd::Soft512, Simd::Avx512Bf16].map(|simd| {
+                let case = Case { simd, pass: Pass::Prefill, precision, threads: 2, accumulate: false };
+                compute(&case, &x, 54, &weight)
+            });
+            assert_eq!(ours, theirs, "{dtype}, {precision:?}");
         }
     }
 }
