@@ -4,19 +4,20 @@ use super::{
     Cpu, Schedule, Simd, blocks,
     linear::tests::{Random, random_matrix},
     pointwise,
+    team::Team,
 };
 use crate::{
     backend::{Backend, DType, Precision, Queue, Tensor},
     ops::{
-        self, Activation, Ffn, FuseOperands, FuseParams, KvPages, NormOutput, Projector, Weight,
-        fuse_scratch_len,
+        self, Activation, Ffn, FuseExtent, FuseLayer, FuseOperands, FuseParams, GluParams, KvPages,
+        NormOutput, Pass, Projector, Scratch, Weight,
     },
 };
 use std::sync::Arc;
 
 fn queue(simd: Simd) -> Queue {
     let backend: Arc<dyn Backend> = Cpu::with(2, simd, Schedule::Steady);
-    Queue::new(&backend)
+    Queue::new(&backend).expect("a queue")
 }
 
 const HEADS: usize = 3;
@@ -81,28 +82,28 @@ impl Fuse {
         };
         let slots: Vec<u32> = (0..self.tokens as u32).collect();
         let slots = queue.tensor(&slots, &[self.tokens], "slots").expect("memory");
-        let scratch = fuse_scratch_len(&self.projector, self.tokens, SOURCE, TARGET, HEADS);
+        let extent = FuseExtent::new(&self.projector, SOURCE, TARGET, HEADS);
+        let extent = FuseExtent { layers: 1, tokens: self.tokens, ..extent };
+        let scratch = queue.backend().scratch_len(Scratch::Fuse(extent));
         let target = pages(&self.target, HEADS);
-        let operands = FuseOperands {
+        let layer = FuseLayer {
             keys: self.projector.clone(),
             values: self.projector.clone(),
+            gates: [1.0, 0.0],
             source: pages(&self.source, 1),
-            source_slots: slots.clone(),
             target: target.clone(),
-            target_slots: slots.clone(),
             base: target.clone(),
-            base_slots: slots.clone(),
             out: target.clone(),
+        };
+        let operands = FuseOperands {
+            layers: vec![layer],
+            source_slots: slots.clone(),
+            target_slots: slots.clone(),
+            base_slots: slots.clone(),
             out_slots: slots,
             scratch: queue.tensor(&vec![f32::NAN; scratch], &[scratch], "scratch").expect("memory"),
         };
-        let p = FuseParams {
-            tokens: self.tokens as u32,
-            precision: self.precision,
-            key_gate: 1.0,
-            value_gate: 0.0,
-            use_target: true,
-        };
+        let p = FuseParams { tokens: self.tokens as u32, precision: self.precision, use_target: true };
         ops::fuse(&queue, p, &operands).expect("shapes that fit");
         let page = queue.download_f32(&target.keys).expect("a download");
         let part = |i: usize| {
@@ -206,7 +207,10 @@ fn row_wise_ops_know_no_level() {
         let mut results = vec![queue.download(&normed).expect("a download")];
         for activation in [Activation::Silu, Activation::GeluTanh, Activation::GeluErf] {
             let out = tensor(&vec![f32::NAN; x.len() / 2], cols);
-            ops::glu(&queue, &wide, activation, &out).expect("shapes that fit");
+            queue.synchronize().expect("an upload");
+            let (tokens, width) = (7, cols as u32);
+            let p = GluParams { tokens, width, pass: Pass::Prefill, precision: Precision::F32, activation };
+            pointwise::glu(&mut Team::new(2), simd, p, &x, &out);
             results.push(queue.download(&out).expect("a download"));
         }
         results
