@@ -248,6 +248,8 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
             weight += share * stats.y;
             total += share * from.sums[d];
         }
-        store_float(a.out, a.q_dtype, (size_t(sequence) * a.heads + head) * a.head_dim + d, total / weight);
+        // No keys: a place of the batch that is not in use.
+        const float mean = count > 0 ? total / weight : 0.f;
+        store_float(a.out, a.q_dtype, (size_t(sequence) * a.heads + head) * a.head_dim + d, mean);
     }
 }
