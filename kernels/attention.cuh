@@ -28,6 +28,8 @@ struct AttentionArgs {
     uint32_t window;      // a query sees keys at distance < window; 0 = all
     float scale;          // > 0
     float soft_cap;       // s = cap * tanh(s / cap); 0 = none
+    // F32 or BF16: of q and out, of keys and values. Kernels whose names say bf16 take them as that.
+    uint32_t q_dtype, kv_dtype;
 };
 
 // What a product of query and key becomes: outer * x as an exponent of 2, or with a soft cap outer * tanh(inner * x).
@@ -47,6 +49,13 @@ struct Exponent {
     }
     __device__ float capped_exactly(float x) const { return tanhf(inner * x); }
 };
+
+__device__ __forceinline__ void store_float(void* to, uint32_t dtype, size_t i, float x) {
+    if (dtype == F32)
+        static_cast<float*>(to)[i] = x;
+    else
+        static_cast<bf16*>(to)[i] = from_float<bf16>(x);
+}
 
 // The first key that a query at key index `at` sees.
 __device__ __forceinline__ uint32_t first_key(const AttentionArgs& a, uint32_t at) {

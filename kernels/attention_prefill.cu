@@ -179,7 +179,7 @@ KERNEL(attention_prefill_96_long_bf16, 96, 2, 2)
 KERNEL(attention_prefill_128_long_bf16, 128, 2, 2)
 
 // Without tensor cores: each warp 8 rows, from their first key to their last.
-template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void prefill_plain(const AttentionArgs& a) {
+template <int SLOTS> __device__ __forceinline__ void prefill_plain(const AttentionArgs& a) {
     const uint32_t group = a.heads / a.kv_heads, kv_head = blockIdx.y, lane = threadIdx.x % WARP;
     QueryTile tile;
     if (!tile.find<WARPS * PLAIN_ROWS>(a, group)) return;
@@ -193,12 +193,12 @@ template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void pre
         return size_t(tile.token + r / group) * stride + (kv_head * group + r % group) * a.head_dim;
     };
 
-    PlainRows<Q, T, SLOTS> rows;
+    PlainRows<SLOTS> rows;
     rows.clear();
 #pragma unroll
     for (uint32_t r = 0; r < PLAIN_ROWS; ++r)
         if (row + r < rows_end)
-            rows.load(rows.q[r], static_cast<const Q*>(a.q) + offset(row + r, a.q_stride), a.head_dim);
+            rows.load(rows.q[r], a.q, a.q_dtype, offset(row + r, a.q_stride), true, a.head_dim);
     const uint32_t first = first_key(a, at(row)), end = at(row + PLAIN_ROWS - 1) + 1, own = at(row + lane / PLAIN_KEYS);
     for (uint32_t key = first / PLAIN_KEYS * PLAIN_KEYS; key < end; key += PLAIN_KEYS)
         rows.attend(a, exponent, keys, key, first, end, own, window_of(a));
@@ -207,26 +207,16 @@ template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void pre
 #pragma unroll
     for (uint32_t r = 0; r < PLAIN_ROWS; ++r) {
         const float row_scale = __shfl_sync(FULL_MASK, scale, r * PLAIN_KEYS);
-        if (row + r >= rows_end) continue;
-        Q* to = static_cast<Q*>(a.out) + offset(row + r, a.heads * a.head_dim);
-#pragma unroll
-        for (int i = 0; i < SLOTS; ++i) {
-            const uint32_t d = i * WARP + lane;
-            if (d < a.head_dim) to[d] = from_float<Q>(rows.out[r][i] * row_scale + 0.f);
-        }
+        if (row + r < rows_end)
+            rows.store(rows.out[r], row_scale, a.out, a.q_dtype, offset(row + r, a.heads * a.head_dim), a.head_dim);
     }
 }
 
-// Names say the largest head_dim and the types of queries and pages.
-#define PLAIN(D, Q_NAME, Q, T_NAME, T)                                                                                \
+// Names say the largest head_dim.
+#define PLAIN(D)                                                                                                      \
     extern "C" __global__ void __launch_bounds__(WARPS* WARP, 2)                                                      \
-        attention_prefill_plain_##D##_##Q_NAME##_##T_NAME(const __grid_constant__ AttentionArgs a) {                  \
-        prefill_plain<Q, T, D / WARP>(a);                                                                             \
+        attention_prefill_plain_##D(const __grid_constant__ AttentionArgs a) {                                        \
+        prefill_plain<D / WARP>(a);                                                                                   \
     }
-#define PLAINS(D)                                                                                                     \
-    PLAIN(D, f32, float, f32, float)                                                                                  \
-    PLAIN(D, f32, float, bf16, bf16)                                                                                  \
-    PLAIN(D, bf16, bf16, bf16, bf16)                                                                                  \
-    PLAIN(D, bf16, bf16, f32, float)
-PLAINS(128)
-PLAINS(256)
+PLAIN(128)
+PLAIN(256)

@@ -1,6 +1,6 @@
 //! Attention over pages: kernels/attention_prefill.cu and attention_decode.cu.
 
-use super::{Launch, launch::KernelArgs};
+use super::{Launch, dtype_code, launch::KernelArgs};
 use crate::{
     backend::DType,
     ops::{AttentionOperands, AttentionParams, Pass},
@@ -28,6 +28,8 @@ pub(super) struct AttentionArgs {
     window: u32,
     scale: f32,
     soft_cap: f32,
+    q_dtype: u32,
+    kv_dtype: u32,
 }
 
 // SAFETY: twin of `AttentionArgs` in kernels/attention.cuh.
@@ -67,6 +69,8 @@ pub(super) fn paged_attention(
         window: p.window,
         scale: p.scale,
         soft_cap: p.soft_cap,
+        q_dtype: dtype_code(o.q.dtype()),
+        kv_dtype: dtype_code(o.pages.keys.dtype()),
     };
     (first, second, args)
 }
@@ -105,10 +109,9 @@ pub(super) fn launches(
     let Kernels { decode: kernel, decode_warps, decode_shared: shared, .. } = kernels;
     let parts = group.div_ceil(kernels.heads);
     let grid = (splits, p.kv_heads * parts, p.sequences);
-    let combine = if q == DType::Bf16 { "attention_combine_bf16" } else { "attention_combine_f32" };
     (
         Launch { kernel, grid, block: 32 * decode_warps, shared },
-        Some(Launch { kernel: combine, grid: (p.heads, p.sequences, 1), block: 128, shared: 0 }),
+        Some(Launch { kernel: "attention_combine", grid: (p.heads, p.sequences, 1), block: 128, shared: 0 }),
     )
 }
 
@@ -129,7 +132,7 @@ impl Kernels {
         // Queries are copied 16 bytes at a time; pages lie so that they can be if this is so.
         let aligned = p.q_stride.is_multiple_of(8);
         if q != DType::Bf16 || pages != DType::Bf16 || !aligned {
-            return Kernels::plain(p, q, pages);
+            return Kernels::plain(p);
         }
         let (prefill, long, decode) = match p.head_dim {
             16 => ("attention_prefill_16_bf16", None, "attention_decode_16_bf16"),
@@ -150,7 +153,7 @@ impl Kernels {
                 "attention_decode_128_bf16",
             ),
             256 => ("attention_prefill_256_bf16", None, "attention_decode_256_bf16"),
-            _ => return Kernels::plain(p, q, pages),
+            _ => return Kernels::plain(p),
         };
         // Tiles of 128 rows, where two a multiprocessor can be had. No bit of a result depends on it.
         let (prefill, rows) = match long {
@@ -174,28 +177,10 @@ impl Kernels {
     }
 
     /// Without tensor cores.
-    fn plain(p: &AttentionParams, q: DType, pages: DType) -> Kernels {
-        let (prefill, decode) = match (q, pages, p.head_dim <= 128) {
-            (DType::Bf16, DType::Bf16, true) => {
-                ("attention_prefill_plain_128_bf16_bf16", "attention_decode_plain_128_bf16_bf16")
-            }
-            (DType::Bf16, DType::Bf16, false) => {
-                ("attention_prefill_plain_256_bf16_bf16", "attention_decode_plain_256_bf16_bf16")
-            }
-            (DType::Bf16, _, true) => {
-                ("attention_prefill_plain_128_bf16_f32", "attention_decode_plain_128_bf16_f32")
-            }
-            (DType::Bf16, _, false) => {
-                ("attention_prefill_plain_256_bf16_f32", "attention_decode_plain_256_bf16_f32")
-            }
-            (_, DType::Bf16, true) => {
-                ("attention_prefill_plain_128_f32_bf16", "attention_decode_plain_128_f32_bf16")
-            }
-            (_, DType::Bf16, false) => {
-                ("attention_prefill_plain_256_f32_bf16", "attention_decode_plain_256_f32_bf16")
-            }
-            (_, _, true) => ("attention_prefill_plain_128_f32_f32", "attention_decode_plain_128_f32_f32"),
-            (_, _, false) => ("attention_prefill_plain_256_f32_f32", "attention_decode_plain_256_f32_f32"),
+    fn plain(p: &AttentionParams) -> Kernels {
+        let (prefill, decode) = match p.head_dim {
+            ..=128 => ("attention_prefill_plain_128", "attention_decode_plain_128"),
+            _ => ("attention_prefill_plain_256", "attention_decode_plain_256"),
         };
         Kernels { prefill, rows: 32, prefill_shared: 0, decode, decode_warps: 4, heads: 8, decode_shared: 0 }
     }
