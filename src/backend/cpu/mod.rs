@@ -73,6 +73,10 @@ impl Backend for Cpu {
         self.threads
     }
 
+    fn memory_plan(&self) -> Option<String> {
+        None
+    }
+
     fn activation_dtype(&self, _: Precision) -> DType {
         DType::F32
     }
