@@ -10,7 +10,7 @@ use super::limits::Shape;
 use super::machine::{Allocation, Device, Function, Guard, Machine};
 use super::queue::{Operation, Reached};
 use super::status::{Outcome, Status};
-use crate::exec::Fault;
+use crate::exec::{self, Fault, Launch};
 use crate::memory::{self, DeviceMemory};
 
 /// A function of the host that a stream calls (`CUhostFn`).
@@ -41,6 +41,20 @@ pub struct KernelCall {
     pub shape: Shape,
     pub parameters: Vec<u8>,
     pub cooperative: bool,
+}
+
+impl KernelCall {
+    fn launch(&self) -> Launch<'_> {
+        Launch {
+            module: &self.function.ptx,
+            kernel: self.function.kernel,
+            grid: self.shape.grid,
+            block: self.shape.block,
+            dynamic_shared: self.shape.dynamic_shared,
+            params: &self.parameters,
+            globals: &self.function.globals,
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -131,8 +145,7 @@ impl From<Fault> for Failure {
 }
 
 fn status_of(fault: &Fault) -> Status {
-    let _ = fault;
-    Status::LAUNCH_FAILED
+    Status(fault.code)
 }
 
 const FREED: &str = "the page-locked buffer was freed before the copy ran";
@@ -291,7 +304,7 @@ impl Machine {
                 if let Err(code) = self.injector.call(Kind::Kernel) {
                     return Err(Failure(code, format!("fault injection: {} fails", call.function.name)));
                 }
-                let counted = crate::counters::Counts::default();
+                let counted = exec::launch(&call.launch(), &mut self.memory, &op)?;
                 let total = self.counts.entry(call.function.name.clone()).or_default();
                 total.0 += 1;
                 total.1 += counted;
@@ -317,20 +330,27 @@ impl Machine {
         Ok(call(&mut self.memory, &op)?)
     }
 
-    /// Frees memory that no operation stands for.
+    /// The number of something the host does between operations: what is enqueued later comes after it.
+    fn host_action(&mut self) -> u32 {
+        // The operation before the first of a lane: all lanes know that one to be over.
+        self.marks.push(Mark { lane: 0, seq: 0 });
+        self.marks.len() as u32 - 1
+    }
+
+    /// Writes new memory, for which no operation stands.
+    pub fn write_new(&mut self, address: u64, data: &[u8]) {
+        let id = self.host_action();
+        let op = memory::Op { id, happens_before: &|_| true, name: "module load" };
+        self.memory.write(address, data, &op).expect("memory just allocated is there");
+    }
+
+    /// Frees memory, where nothing uses it any more.
     pub fn release_memory(&mut self, address: u64) {
-        let op = memory::Op { id: u32::MAX, happens_before: &|_| true, name: "free" };
+        let id = self.host_action();
+        let op = memory::Op { id, happens_before: &|_| true, name: "free" };
         // An address that is not allocated was refused before, so there is nothing to report.
         let _ = self.memory.free(address, &op);
         self.forget_memory(address);
-    }
-
-    pub fn place_variables(
-        &mut self,
-        _ptx: &crate::ptx::Module,
-        _context: u64,
-    ) -> Outcome<std::collections::BTreeMap<String, (u64, u64)>> {
-        Ok(Default::default())
     }
 }
 

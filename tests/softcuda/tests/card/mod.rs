@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use cudarc::driver::sys::CUresult;
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, LaunchConfig, PushKernelArg};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, LaunchConfig, PushKernelArg,
+};
 use cudarc::nvrtc::Ptx;
 use softcuda::Device;
 
@@ -55,7 +57,12 @@ pub fn each(n: usize) -> LaunchConfig {
 }
 
 /// Launches `fill_u32` over the whole of `x`.
-pub fn fill(stream: &CudaStream, kernel: &CudaFunction, x: &CudaSlice<u32>, value: u32) -> Result<(), DriverError> {
+pub fn fill(
+    stream: &CudaStream,
+    kernel: &CudaFunction,
+    x: &CudaSlice<u32>,
+    value: u32,
+) -> Result<(), DriverError> {
     let n = x.len() as i32;
     // SAFETY: the kernel writes n elements of x.
     unsafe { stream.launch_builder(kernel).arg(x).arg(&value).arg(&n).launch(each(x.len())) }.map(drop)

@@ -67,6 +67,28 @@ impl Machine {
         Ok(serial)
     }
 
+    /// Memory for the module's variables, filled with what they begin as.
+    fn place_variables(&mut self, ptx: &ptx::Module, context: u64) -> Outcome<BTreeMap<String, (u64, u64)>> {
+        let mut placed = BTreeMap::new();
+        for variable in &ptx.variables {
+            let address = match self.allocate(variable.size, context, true) {
+                Ok(address) => address,
+                Err(code) => {
+                    for &(address, _) in placed.values() {
+                        self.release_memory(address);
+                    }
+                    return Err(code);
+                }
+            };
+            // What has no initial value is zero (PTX ISA, "Initializers").
+            let mut initial = variable.init.clone().unwrap_or_default();
+            initial.resize(variable.size as usize, 0);
+            self.write_new(address, &initial);
+            placed.insert(variable.name.clone(), (address, variable.size));
+        }
+        Ok(placed)
+    }
+
     fn function_of(&mut self, module: u64, name: &str) -> Outcome<u64> {
         let found = &self.modules[&module];
         if let Some(&serial) = found.functions.get(name) {
