@@ -47,9 +47,17 @@ impl Clock {
             *self = other.clone();
             return;
         }
-        for &(lane, seq) in other.0.iter() {
-            self.add(Mark { lane, seq });
+        let mut merged = Vec::with_capacity(self.0.len().max(other.0.len()));
+        let (mut ours, mut theirs) = (self.0.iter().peekable(), other.0.iter().peekable());
+        while let (Some(&&(lane, seq)), Some(&&(other_lane, other_seq))) = (ours.peek(), theirs.peek()) {
+            let last = lane.min(other_lane);
+            let seq = if lane == last { seq } else { 0 }.max(if other_lane == last { other_seq } else { 0 });
+            merged.push((last, seq));
+            ours.next_if(|entry| entry.0 == last);
+            theirs.next_if(|entry| entry.0 == last);
         }
+        merged.extend(ours.chain(theirs));
+        self.0 = Arc::new(merged);
     }
 
     /// The lanes of it, each with its last operation known to be over.

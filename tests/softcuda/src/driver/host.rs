@@ -26,11 +26,16 @@ pub fn known(ordinal: u8) -> Clock {
     lock(&KNOWN[ordinal as usize]).clone()
 }
 
-/// The host has waited for all this.
+/// The host has waited for all this, which operations of the device and of those it dealt with are part of.
 pub fn learn(ordinal: u8, past: &Clock) {
     lock(&KNOWN[ordinal as usize]).merge(past);
-    for mark in past.marks().filter(|&mark| device_of(mark) != ordinal) {
-        lock(&KNOWN[device_of(mark) as usize]).add(mark);
+    let mut told = ordinal;
+    for other in past.marks().map(device_of).filter(|&other| other != ordinal) {
+        // Lanes are in the order of devices, so one device's come together.
+        if other != told {
+            lock(&KNOWN[other as usize]).merge(past);
+            told = other;
+        }
     }
 }
 

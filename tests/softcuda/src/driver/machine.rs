@@ -119,8 +119,6 @@ pub struct Function {
     pub module: u64,
     pub ptx: Arc<Ptx>,
     pub globals: Arc<BTreeMap<String, (u64, u64)>>,
-    /// Its place in the module's list of kernels.
-    pub kernel: usize,
     pub name: String,
     pub needs: Needs,
 }

@@ -77,6 +77,11 @@ pub fn device_of(mark: Mark) -> u8 {
     (mark.lane >> LANE_BITS) as u8
 }
 
+/// Before all operations of the device: knowing it says only that one has to do with the device.
+pub fn beginning_of(ordinal: u8) -> Mark {
+    Mark { lane: u32::from(ordinal) << LANE_BITS, seq: 0 }
+}
+
 fn lane_of(mark: Mark) -> usize {
     (mark.lane & ((1 << LANE_BITS) - 1)) as usize
 }

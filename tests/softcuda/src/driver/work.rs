@@ -10,7 +10,7 @@ use super::limits::Shape;
 use super::machine::{Allocation, Device, Function, Guard, Machine};
 use super::queue::{Operation, Reached};
 use super::status::{Outcome, Status};
-use crate::exec::{self, Fault, Launch};
+use crate::exec::{self, Fault, Launch, Problem};
 use crate::memory::{self, DeviceMemory};
 
 /// A function of the host that a stream calls (`CUhostFn`).
@@ -40,19 +40,20 @@ pub struct KernelCall {
     pub function: Arc<Function>,
     pub shape: Shape,
     pub parameters: Vec<u8>,
-    pub cooperative: bool,
 }
 
 impl KernelCall {
-    fn launch(&self) -> Launch<'_> {
+    fn launch(&self, seed: u64) -> Launch<'_> {
         Launch {
             module: &self.function.ptx,
-            kernel: self.function.kernel,
+            kernel: &self.function.name,
+            globals: &self.function.globals,
             grid: self.shape.grid,
             block: self.shape.block,
             dynamic_shared: self.shape.dynamic_shared,
             params: &self.parameters,
-            globals: &self.function.globals,
+            seed,
+            budget: exec::BUDGET,
         }
     }
 }
@@ -140,12 +141,23 @@ struct Failure(Status, String);
 
 impl From<Fault> for Failure {
     fn from(fault: Fault) -> Failure {
-        Failure(status_of(&fault), fault.to_string())
+        Failure(status_of(&fault.problem), fault.to_string())
     }
 }
 
-fn status_of(fault: &Fault) -> Status {
-    Status(fault.code)
+/// What a card says of a fault. Where a card would say nothing (a race, a read of what nobody wrote), the
+/// context ends as by a failed kernel.
+fn status_of(problem: &Problem) -> Status {
+    match problem {
+        Problem::OutOfBounds { .. } | Problem::UseAfterFree { .. } => Status::ILLEGAL_ADDRESS,
+        Problem::Misaligned { .. } => Status::MISALIGNED_ADDRESS,
+        Problem::Deadlock { .. } => Status::LAUNCH_TIMEOUT,
+        Problem::Uninitialised { .. }
+        | Problem::Race { .. }
+        | Problem::DivergentBarrier { .. }
+        | Problem::Trap { .. }
+        | Problem::Launch { .. } => Status::LAUNCH_FAILED,
+    }
 }
 
 const FREED: &str = "the page-locked buffer was freed before the copy ran";
@@ -304,7 +316,7 @@ impl Machine {
                 if let Err(code) = self.injector.call(Kind::Kernel) {
                     return Err(Failure(code, format!("fault injection: {} fails", call.function.name)));
                 }
-                let counted = exec::launch(&call.launch(), &mut self.memory, &op)?;
+                let counted = exec::launch(&call.launch(self.seed), &mut self.memory, &op)?;
                 let total = self.counts.entry(call.function.name.clone()).or_default();
                 total.0 += 1;
                 total.1 += counted;

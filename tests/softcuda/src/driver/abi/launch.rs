@@ -27,7 +27,7 @@ unsafe fn pack(
     parameters: *mut *mut c_void,
     extra: *mut *mut c_void,
 ) -> Outcome<Vec<u8>> {
-    let kernel = &function.ptx.kernels[function.kernel];
+    let kernel = function.ptx.kernel(&function.name).ok_or(Status::INVALID_HANDLE)?;
     let mut packed = vec![0; kernel.param_bytes as usize];
     if kernel.params.is_empty() {
         return Ok(packed);
@@ -119,7 +119,7 @@ unsafe fn launch(
             return entered.machine.refuse(code, format!("{}: parameters missing", function.name));
         }
     };
-    let call = KernelCall { function, shape, parameters, cooperative };
+    let call = KernelCall { function, shape, parameters };
     entered.machine.enqueue(stream, Work::Kernel(Arc::new(call)))?;
     entered.machine.progress();
     Ok(())

@@ -7,10 +7,12 @@
 use std::ffi::{c_uint, c_void};
 use std::sync::Arc;
 
+use crate::driver::clock::Clock;
 use crate::driver::handle::{Handle, Kind};
-use crate::driver::host::Pinned;
+use crate::driver::host::{self, Pinned};
 use crate::driver::inject::Kind as Call;
 use crate::driver::machine::{Device, Machine};
+use crate::driver::queue::beginning_of;
 use crate::driver::status::{Outcome, Status};
 use crate::driver::work::{Place, Work};
 use crate::driver::{Entered, answer, enter, enter_any, enter_stream_to_work, put, usable};
@@ -399,7 +401,17 @@ pub extern "C" fn cuMemcpyPeerAsync(
             if ordinal == here { Place::Device(address) } else { Place::Peer { ordinal, address } }
         };
         let work = Work::Copy { to: place(places[0]), from: place(places[1]), bytes };
-        entered.machine.enqueue(stream, work)
+        // What the host has seen end on the other devices is over for this copy too.
+        let mut learned = Clock::default();
+        for (ordinal, _) in places.into_iter().filter(|&(ordinal, _)| ordinal != here) {
+            learned.merge(&host::known(ordinal));
+            learned.add(beginning_of(ordinal));
+        }
+        if entered.machine.captured(stream, &work)? {
+            return Ok(());
+        }
+        entered.machine.enqueue_after(stream, Vec::new(), &learned, work)?;
+        Ok(())
     })
 }
 

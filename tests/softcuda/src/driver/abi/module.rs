@@ -50,6 +50,9 @@ impl Machine {
             Ok(ptx) => ptx,
             Err(error) => return self.refuse(Status::INVALID_PTX, error.to_string()),
         };
+        if ptx.version == (0, 0) || ptx.target == 0 {
+            return self.refuse(Status::INVALID_PTX, "PTX text has a .version and a .target");
+        }
         if ptx.version > self.newest_ptx {
             let message = format!("PTX {:?} is newer than this driver's {:?}", ptx.version, self.newest_ptx);
             return self.refuse(Status::UNSUPPORTED_PTX_VERSION, message);
@@ -71,22 +74,35 @@ impl Machine {
     fn place_variables(&mut self, ptx: &ptx::Module, context: u64) -> Outcome<BTreeMap<String, (u64, u64)>> {
         let mut placed = BTreeMap::new();
         for variable in &ptx.variables {
-            let address = match self.allocate(variable.size, context, true) {
-                Ok(address) => address,
+            match self.allocate(variable.bytes, context, true) {
+                Ok(address) => placed.insert(variable.name.clone(), (address, variable.bytes)),
                 Err(code) => {
-                    for &(address, _) in placed.values() {
-                        self.release_memory(address);
-                    }
+                    self.release_variables(&placed);
                     return Err(code);
                 }
             };
-            // What has no initial value is zero (PTX ISA, "Initializers").
-            let mut initial = variable.init.clone().unwrap_or_default();
-            initial.resize(variable.size as usize, 0);
-            self.write_new(address, &initial);
-            placed.insert(variable.name.clone(), (address, variable.size));
+        }
+        for variable in &ptx.variables {
+            let mut initial = variable.initial.clone();
+            initial.resize(variable.bytes as usize, 0);
+            for (offset, of, plus) in &variable.addresses {
+                let Some(&(address, _)) = placed.get(of) else {
+                    self.release_variables(&placed);
+                    let message = format!("{} holds the address of {of}, which has none", variable.name);
+                    return self.refuse(Status::INVALID_PTX, message);
+                };
+                let bytes = address.wrapping_add_signed(*plus).to_le_bytes();
+                initial[*offset as usize..][..8].copy_from_slice(&bytes);
+            }
+            self.write_new(placed[&variable.name].0, &initial);
         }
         Ok(placed)
+    }
+
+    fn release_variables(&mut self, placed: &BTreeMap<String, (u64, u64)>) {
+        for &(address, _) in placed.values() {
+            self.release_memory(address);
+        }
     }
 
     fn function_of(&mut self, module: u64, name: &str) -> Outcome<u64> {
@@ -94,10 +110,9 @@ impl Machine {
         if let Some(&serial) = found.functions.get(name) {
             return Ok(serial);
         }
-        let Some(kernel) = found.ptx.kernels.iter().position(|kernel| kernel.name == name) else {
+        let Some(header) = found.ptx.kernel(name) else {
             return self.refuse(Status::NOT_FOUND, format!("the module has no kernel {name}"));
         };
-        let header = &found.ptx.kernels[kernel];
         let needs = Needs {
             static_shared: header.shared_bytes,
             max_block: header.maxntid,
@@ -109,7 +124,6 @@ impl Machine {
             module,
             ptx: found.ptx.clone(),
             globals: found.globals.clone(),
-            kernel,
             name: name.to_owned(),
             needs,
         };
@@ -182,9 +196,7 @@ pub extern "C" fn cuModuleUnload(module: Handle) -> Status {
         let pending = entered.machine.pending(entered.context);
         entered.machine = entered.device.finish(entered.machine, &pending);
         if let Some(module) = entered.machine.modules.remove(&serial) {
-            for &(address, _) in module.globals.values() {
-                entered.machine.release_memory(address);
-            }
+            entered.machine.release_variables(&module.globals);
             entered.machine.functions.retain(|_, function| function.module != serial);
         }
         entered.healthy()
