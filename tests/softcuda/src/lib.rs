@@ -1,0 +1,4 @@
+//! A GPU in software: it runs the PTX that `nvcc` writes, thread by thread, and checks each memory access.
+
+mod arith;
+pub mod ptx;
