@@ -209,6 +209,14 @@ impl DeviceMemory {
         }
     }
 
+    /// The bytes, unchecked but for bounds.
+    pub(crate) fn peek(&mut self, address: u64, bytes: u64) -> Result<&[u8], Problem> {
+        let index = self.find(address, bytes, Access::Atomic)?;
+        let allocation = &self.allocations[index];
+        let at = (address - allocation.base) as usize;
+        Ok(&allocation.bytes[at..at + bytes as usize])
+    }
+
     /// The bytes to write, if the access is in order; it is noted.
     pub(crate) fn check_write(
         &mut self,

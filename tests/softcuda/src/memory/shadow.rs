@@ -379,7 +379,7 @@ impl Shadow {
     /// Marks bytes that a `cp.async` will write.
     pub fn begin_copy(&mut self, from: usize, bytes: usize, by: &Accessor, sets: &Sets) -> Result<(), (usize, Finding)> {
         self.write(from, bytes, false, by, sets)?;
-        self.visit(from, bytes, |cell, ..| {
+        self.visit(from, bytes, |cell, _, _| {
             cell.pending = true;
             Ok(())
         })
@@ -387,7 +387,7 @@ impl Shadow {
 
     /// The bytes are there, for the thread that waited.
     pub fn end_copy(&mut self, from: usize, bytes: usize, by: &Accessor) {
-        let done: Result<(), std::convert::Infallible> = self.visit(from, bytes, |cell, ..| {
+        let done: Result<(), std::convert::Infallible> = self.visit(from, bytes, |cell, _, _| {
             cell.pending = false;
             cell.writing = by.writing(false);
             Ok(())

@@ -1,6 +1,7 @@
 //! Statements as instructions: names looked up, calls inlined, opcodes bound to what runs them.
 
 mod arithmetic;
+pub(crate) use arithmetic::format_of;
 mod compare;
 mod memory;
 mod warp;
