@@ -102,10 +102,11 @@ __device__ __forceinline__ void matmul_raw(uint8_t* shared, uint32_t cols, X& x,
         if (tile < tiles) x.fetch(tile, x_ring + slot * S::X_BYTES);
         cp_async_commit();
     };
+    static_assert(STAGES == 3 && W::TILES >= 2);
     w.fetch(0);
-#pragma unroll
-    for (unsigned i = 0; i + 1 < STAGES; ++i) fetch(i, i);
+    fetch(0, 0);
     w.fetch(1);
+    fetch(1, 1);
     cp_async_wait<STAGES - 2>();
     __syncthreads();
     w.expand(0, w_tiles);
