@@ -135,11 +135,7 @@ __device__ __forceinline__ void put4(const PartsArgs& a, size_t at, float4 y, un
             *out = make_uint2(pack_bf16(y.x, y.y), pack_bf16(y.z, y.w));
         } else {
             float4* out = reinterpret_cast<float4*>(static_cast<float*>(a.out) + at);
-            if (a.epilogue == ADD) {
-                const float4 old = *out;
-                y = make_float4(old.x + y.x, old.y + y.y, old.z + y.z, old.w + y.w);
-            }
-            *out = y;
+            *out = a.epilogue == ADD ? sum4(*out, y) : y;
         }
         return;
     }
@@ -150,37 +146,33 @@ __device__ __forceinline__ void put4(const PartsArgs& a, size_t at, float4 y, un
 }
 
 __device__ __forceinline__ float4 add_bias(const Part& w, uint32_t row, unsigned n, float4 y) {
-    if (!w.biases) return y;
-    if (n > 0) y.x += w.bias(row);
-    if (n > 1) y.y += w.bias(row + 1);
-    if (n > 2) y.z += w.bias(row + 2);
-    if (n > 3) y.w += w.bias(row + 3);
-    return y;
+    return w.biases ? sum4(y, load_float4(w.biases, w.bias_dtype, row, n)) : y;
 }
 
-template <typename S> __device__ __forceinline__ void store(const PartsArgs& a, const TileRows& r, const Part& w,
-                                                            uint32_t first_token, const Sums<S>& sums) {
+template <typename S>
+__device__ __forceinline__ void store(const PartsArgs& a, const TileRows& r, const Part& w, uint32_t first_token,
+                                      const Sums<S>& sums) {
     const Part up = part(a, 1);
     const bool vector = a.out_stride % 4 == 0 && w.column % 4 == 0;
-    sums.each([&](unsigned token, unsigned row, unsigned band, unsigned pair, unsigned half) {
+    sums.each_token([&](unsigned token, unsigned band, unsigned half) {
         token += first_token;
         if (token >= a.tokens) return;
-        float4 y = sums.quad(band, pair, half);
         const size_t line = size_t(token) * a.out_stride + w.column;
-        if (!r.glu) {
-            row += r.first;
-            if (row >= w.rows) return;
-            const unsigned n = min(4u, w.rows - row);
-            put4(a, line + row, add_bias(w, row, n, y), n, vector);
-        } else if (pair % 2 == 0) {
-            // The next pair is the up projection's.
-            row = r.first + row / (2 * GLU_ROWS) * GLU_ROWS + row % GLU_ROWS;
-            if (row >= w.rows) return;
-            const unsigned n = min(4u, w.rows - row);
-            const float4 gate = add_bias(w, row, n, y), u = add_bias(up, row, n, sums.quad(band, pair + 1, half));
-            y = make_float4(activate(a.activation, gate.x) * u.x, activate(a.activation, gate.y) * u.y,
-                            activate(a.activation, gate.z) * u.z, activate(a.activation, gate.w) * u.w);
-            put4(a, line + row, y, n, vector);
+        // Of a gated linear unit, the next pair is the up projection's.
+#pragma unroll
+        for (unsigned pair = 0; pair < Sums<S>::PAIRS; ++pair) {
+            const unsigned n = Sums<S>::row(pair);
+            if (r.glu && pair % 2 == 1) continue;
+            const uint32_t row = r.first + (r.glu ? n / (2 * GLU_ROWS) * GLU_ROWS + n % GLU_ROWS : n);
+            if (row >= w.rows) continue;
+            const unsigned count = min(4u, w.rows - row);
+            float4 y = add_bias(w, row, count, sums.quad(band, pair, half));
+            if (r.glu) {
+                const float4 u = add_bias(up, row, count, sums.quad(band, pair | 1, half));
+                y = make_float4(activate(a.activation, y.x) * u.x, activate(a.activation, y.y) * u.y,
+                                activate(a.activation, y.z) * u.z, activate(a.activation, y.w) * u.w);
+            }
+            put4(a, line + row, y, count, vector);
         }
     });
 }

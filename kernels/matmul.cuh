@@ -69,21 +69,19 @@ template <typename S> struct Sums {
         }
     }
 
-    // Calls `f(token, row, band, pair, half)` for every four sums of this thread, `quad(band, pair, half)`: of one
-    // token and four rows from a multiple of four on, counted in the block's tile. Rows of a warp are contiguous.
-    template <typename F> __device__ __forceinline__ void each(F f) const {
-        const unsigned lane = threadIdx.x % WARP;
+    // Calls `f(token, band, half)` for every token that this thread has sums of, counted in the block's tile. Of each it
+    // has, pair after pair, `quad`s of the four rows from `row` on, a multiple of four.
+    template <typename F> __device__ __forceinline__ void each_token(F f) const {
 #pragma unroll
         for (unsigned band = 0; band < BANDS; ++band) {
 #pragma unroll
             for (unsigned half = 0; half < 2; ++half) {
-#pragma unroll
-                for (unsigned pair = 0; pair < PAIRS; ++pair) {
-                    f(warp_token() + band * 16 + half * 8 + lane / 4, warp_row() + pair * 16 + lane % 4 * 4, band, pair,
-                      half);
-                }
+                f(warp_token() + band * 16 + half * 8 + threadIdx.x % WARP / 4, band, half);
             }
         }
+    }
+    static __device__ __forceinline__ unsigned row(unsigned pair) {
+        return warp_row() + pair * 16 + threadIdx.x % 4 * 4;
     }
     __device__ __forceinline__ float4 quad(unsigned band, unsigned pair, unsigned half) const {
         const float(&low)[4] = d[band][pair][0], (&high)[4] = d[band][pair][1];
