@@ -191,7 +191,7 @@ KERNEL(256)
 // Without tensor cores: each warp takes 4 keys at a time, up to 8 heads a block.
 constexpr uint32_t PLAIN_WARPS = 4;
 
-template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void decode_plain(const AttentionArgs& a) {
+template <int SLOTS> __device__ __forceinline__ void decode_plain(const AttentionArgs& a) {
     __shared__ Share<PLAIN_ROWS, SLOTS * WARP> shares[PLAIN_WARPS];
     const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const GroupPart<PLAIN_ROWS> part(a);
@@ -201,12 +201,12 @@ template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void dec
     const Keys keys(a, sequence, part.kv_head);
     const Exponent exponent(a);
 
-    PlainRows<Q, T, SLOTS> rows;
+    PlainRows<SLOTS> rows;
     rows.clear();
-    const Q* q = static_cast<const Q*>(a.q) + size_t(sequence) * a.q_stride + size_t(part.head) * a.head_dim;
+    const size_t q = size_t(sequence) * a.q_stride + size_t(part.head) * a.head_dim;
 #pragma unroll
     for (uint32_t r = 0; r < PLAIN_ROWS; ++r)
-        if (r < part.heads) rows.load(rows.q[r], q + r * a.head_dim, a.head_dim);
+        if (r < part.heads) rows.load(rows.q[r], a.q, a.q_dtype, q + r * a.head_dim, true, a.head_dim);
     const uint32_t start = splits.start + blockIdx.x * splits.length, end = min(start + splits.length, splits.end);
     for (uint32_t key = start + warp * PLAIN_KEYS; key < end; key += PLAIN_WARPS * PLAIN_KEYS)
         rows.attend(a, exponent, keys, key, splits.first, end, splits.end - 1, window_of(a));
@@ -221,28 +221,24 @@ template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void dec
     merge<PLAIN_WARPS>(a, shares, sequence, part.head, part.heads);
 }
 
-// Names say the largest head_dim and the types of queries and pages.
-#define PLAIN(D, Q_NAME, Q, T_NAME, T)                                                                                \
-    extern "C" __global__ void __launch_bounds__(PLAIN_WARPS* WARP)                                                   \
-        attention_decode_plain_##D##_##Q_NAME##_##T_NAME(const __grid_constant__ AttentionArgs a) {                   \
-        decode_plain<Q, T, D / WARP>(a);                                                                              \
+// Names say the largest head_dim.
+#define PLAIN(D)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(PLAIN_WARPS* WARP, 2)                                                \
+        attention_decode_plain_##D(const __grid_constant__ AttentionArgs a) {                                         \
+        decode_plain<D / WARP>(a);                                                                                    \
     }
-#define PLAINS(D)                                                                                                     \
-    PLAIN(D, f32, float, f32, float)                                                                                  \
-    PLAIN(D, f32, float, bf16, bf16)                                                                                  \
-    PLAIN(D, bf16, bf16, bf16, bf16)                                                                                  \
-    PLAIN(D, bf16, bf16, f32, float)
-PLAINS(128)
-PLAINS(256)
+PLAIN(128)
+PLAIN(256)
 
 // Adds up the partial results of one head of one sequence. Grid (heads, sequences).
-template <typename T> __device__ __forceinline__ void combine(const AttentionArgs& a) {
+constexpr uint32_t COMBINE_THREADS = 128;
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
+    attention_combine(const __grid_constant__ AttentionArgs a) {
     const uint32_t head = blockIdx.x, sequence = blockIdx.y;
     const uint32_t count = Splits(a, sequence).count;
-    T* out = static_cast<T*>(a.out) + (size_t(sequence) * a.heads + head) * a.head_dim;
     float top = -FLT_MAX;
     for (uint32_t split = 0; split < count; ++split) top = fmaxf(top, Partials(a, sequence, split, head).stats->x);
-    for (uint32_t d = threadIdx.x; d < a.head_dim; d += blockDim.x) {
+    for (uint32_t d = threadIdx.x; d < a.head_dim; d += COMBINE_THREADS) {
         float total = 0.f, weight = 0.f;
 #pragma unroll 4
         for (uint32_t split = 0; split < count; ++split) {
@@ -252,16 +248,8 @@ template <typename T> __device__ __forceinline__ void combine(const AttentionArg
             weight += share * stats.y;
             total += share * from.sums[d];
         }
-        out[d] = from_float<T>(total / weight);
+        // No keys: a place of the batch that is not in use.
+        const float mean = count > 0 ? total / weight : 0.f;
+        store_float(a.out, a.q_dtype, (size_t(sequence) * a.heads + head) * a.head_dim + d, mean);
     }
-}
-
-constexpr uint32_t COMBINE_THREADS = 128;
-extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
-    attention_combine_bf16(const __grid_constant__ AttentionArgs a) {
-    combine<bf16>(a);
-}
-extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
-    attention_combine_f32(const __grid_constant__ AttentionArgs a) {
-    combine<float>(a);
 }
