@@ -25,7 +25,7 @@ pub(super) struct PartsArgs {
     out_stride: u32,
     out_bf16: u32,
     epilogue: u32,
-    activation: u32,
+    pub activation: u32,
     segment: u32,
 }
 
@@ -34,7 +34,7 @@ unsafe impl KernelArgs for PartsArgs {}
 
 /// Twin of `Epilogue` in kernels/parts.cuh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Epilogue {
+pub(super) enum Epilogue {
     Assign = 0,
     Add = 1,
     Glu = 2,
@@ -80,7 +80,7 @@ pub(super) fn linear_glu(p: GluParams, x: &Tensor, gate_up: &Weight, out: &Tenso
 }
 
 impl PartsArgs {
-    fn new(x: &Tensor, parts: &[(u32, &WeightPart)], out: &Tensor, epilogue: Epilogue) -> PartsArgs {
+    pub fn new(x: &Tensor, parts: &[(u32, &WeightPart)], out: &Tensor, epilogue: Epilogue) -> PartsArgs {
         let mut args = PartsArgs {
             x: x.address(),
             out: out.address(),
