@@ -6,12 +6,17 @@
 
 mod arena;
 mod attention;
+mod embed;
 mod event;
+mod fuse;
 mod launch;
+mod linear_decode;
+mod linear_prefill;
 mod module;
 mod pages;
 mod pointwise;
 mod rope;
+mod sample;
 mod staging;
 
 pub use arena::Memory;
@@ -215,7 +220,7 @@ impl Backend for Cuda {
             ops::Scratch::Attention { sequences, heads, head_dim, context } => {
                 attention::scratch_len(sequences, heads, head_dim, context)
             }
-            ops::Scratch::Fuse(_) => todo!(),
+            ops::Scratch::Fuse(extent) => fuse::scratch_len(extent),
         }
     }
 
@@ -339,8 +344,8 @@ impl Backend for Cuda {
     }
 
     fn embed(&self, queue: usize, p: ops::EmbedParams, ids: &Tensor, table: &Tensor, out: &Tensor) {
-        let _ = (queue, p, ids, table, out);
-        todo!()
+        let (launch, args) = embed::embed(p, ids, table, out);
+        self.launch(queue, &launch, &args);
     }
 
     fn rms_norm(&self, queue: usize, p: ops::RmsNormParams, x: &Tensor, weight: &Tensor, out: &Tensor) {
@@ -349,8 +354,13 @@ impl Backend for Cuda {
     }
 
     fn linear(&self, queue: usize, p: ops::LinearParams, x: &Tensor, weight: &ops::Weight, out: &Tensor) {
-        let _ = (queue, p, x, weight, out);
-        todo!()
+        let launches = match (p.precision, p.pass) {
+            (Precision::Fast, ops::Pass::Prefill) => {
+                linear_prefill::linear(p, x, weight, out, self.processors)
+            }
+            _ => linear_decode::linear(p, x, weight, out),
+        };
+        launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
     }
 
     fn linear_glu(
@@ -362,8 +372,13 @@ impl Backend for Cuda {
         _: &Tensor,
         out: &Tensor,
     ) {
-        let _ = (queue, p, x, gate_up, out);
-        todo!()
+        let (launch, args) = match (p.precision, p.pass) {
+            (Precision::Fast, ops::Pass::Prefill) => {
+                linear_prefill::linear_glu(p, x, gate_up, out, self.processors)
+            }
+            _ => linear_decode::linear_glu(p, x, gate_up, out),
+        };
+        self.launch(queue, &launch, &args);
     }
 
     fn rope_kv_write(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeOperands) {
@@ -402,8 +417,14 @@ impl Backend for Cuda {
     }
 
     fn fuse(&self, queue: usize, p: ops::FuseParams, extent: ops::FuseExtent, operands: &ops::FuseOperands) {
-        let _ = (queue, p, extent, operands);
-        todo!()
+        let plan = fuse::fuse(p, extent, operands, self.processors);
+        if !plan.table.is_empty() {
+            let to = operands.scratch.address();
+            let copied = self.staging.upload(&self.stream(queue), &plan.table, to);
+            self.note(|| "uploading the fuser's table".into(), copied);
+        }
+        plan.launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
+        plan.copies.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
     }
 }
 

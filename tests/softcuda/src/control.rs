@@ -25,23 +25,46 @@ pub enum InstallError {
     Late,
 }
 
-/// The functions of the opened library.
-struct Calls {
-    fresh_device: extern "C" fn() -> c_int,
-    give_back: extern "C" fn(u8),
-    set_seed: extern "C" fn(u8, u64),
-    set_memory: extern "C" fn(u8, u64),
-    set_attribute: extern "C" fn(u8, c_int, c_int),
-    set_newest_ptx: extern "C" fn(u8, u32, u32),
-    fail: extern "C" fn(u8, u32, u64, u32),
-    calls: extern "C" fn(u8, u32) -> u64,
-    reset_faults: extern "C" fn(u8),
-    counts: extern "C" fn(u8, Sink, *mut c_void),
-    reset_counts: extern "C" fn(u8),
-    reports: extern "C" fn(u8, Sink, *mut c_void),
-    clear_reports: extern "C" fn(u8),
-    leaks: extern "C" fn(u8, Sink, *mut c_void),
-    memory: extern "C" fn(u8, bool) -> u64,
+/// The functions of `driver::abi::control`, as the opened library has them.
+macro_rules! calls {
+    ($($name:ident($($argument:ty),*) $(-> $result:ty)?;)*) => {
+        struct Calls { $($name: extern "C" fn($($argument),*) $(-> $result)?,)* }
+
+        impl Calls {
+            fn of(library: *mut c_void) -> Result<Calls, InstallError> {
+                Ok(Calls { $($name: {
+                    let symbol = concat!("softcuda_", stringify!($name), "\0");
+                    // SAFETY: the text is zero-terminated.
+                    let found = unsafe { libc::dlsym(library, symbol.as_ptr().cast()) };
+                    if found.is_null() {
+                        return Err(InstallError::Open(format!("the library has no {symbol}")));
+                    }
+                    // SAFETY: the function has this type where it is defined, in this very crate.
+                    unsafe {
+                        std::mem::transmute::<*mut c_void, extern "C" fn($($argument),*) $(-> $result)?>(found)
+                    }
+                },)* })
+            }
+        }
+    };
+}
+
+calls! {
+    fresh_device() -> c_int;
+    give_back(u8);
+    set_seed(u8, u64);
+    set_memory(u8, u64);
+    set_attribute(u8, c_int, c_int);
+    set_newest_ptx(u8, u32, u32);
+    fail(u8, u32, u64, u32);
+    calls(u8, u32) -> u64;
+    reset_faults(u8);
+    counts(u8, Sink, *mut c_void);
+    reset_counts(u8);
+    reports(u8, Sink, *mut c_void);
+    clear_reports(u8);
+    leaks(u8, Sink, *mut c_void);
+    memory(u8, bool) -> u64;
 }
 
 /// The installed driver.
@@ -91,39 +114,7 @@ fn open() -> Result<SoftCuda, InstallError> {
     if library != seen {
         return Err(InstallError::Late);
     }
-    macro_rules! calls {
-        ($($name:ident),*) => {
-            Calls { $($name: {
-                let symbol = concat!("softcuda_", stringify!($name), "\0");
-                // SAFETY: the text is zero-terminated.
-                let found = unsafe { libc::dlsym(library, symbol.as_ptr().cast()) };
-                if found.is_null() {
-                    return Err(InstallError::Open(format!("{} has no softcuda_{}", path.display(), stringify!($name))));
-                }
-                // SAFETY: the function has this type where it is defined, in `driver::abi::control` of this
-                // very crate.
-                unsafe { std::mem::transmute::<*mut c_void, _>(found) }
-            },)* }
-        };
-    }
-    let calls = calls!(
-        fresh_device,
-        give_back,
-        set_seed,
-        set_memory,
-        set_attribute,
-        set_newest_ptx,
-        fail,
-        calls,
-        reset_faults,
-        counts,
-        reset_counts,
-        reports,
-        clear_reports,
-        leaks,
-        memory
-    );
-    Ok(SoftCuda { calls, path })
+    Ok(SoftCuda { calls: Calls::of(library)?, path })
 }
 
 impl SoftCuda {

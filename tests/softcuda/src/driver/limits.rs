@@ -122,7 +122,7 @@ impl Limits {
     /// Dynamic shared memory the kernel may be launched with, bytes.
     pub fn max_dynamic_shared(&self, kernel: &Needs) -> u32 {
         let usual = self.of(MAX_SHARED_PER_BLOCK).saturating_sub(kernel.static_shared.into());
-        kernel.dynamic_shared_limit.map_or(usual, |set| u64::from(set)) as u32
+        kernel.dynamic_shared_limit.map_or(usual, u64::from) as u32
     }
 
     /// Whether `bytes` may be set as the kernel's `MAX_DYNAMIC_SHARED_SIZE_BYTES`.

@@ -433,7 +433,7 @@ fn fill(at: u64, value: u32, width: usize, count: usize, stream: Handle) -> Outc
     if count == 0 {
         return Ok(());
     }
-    if at % width as u64 != 0 {
+    if !at.is_multiple_of(width as u64) {
         return entered
             .machine
             .refuse(Status::INVALID_VALUE, format!("memset at {at:#x}: not aligned to {width}"));

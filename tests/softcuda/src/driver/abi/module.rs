@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::driver::handle::{Handle, Kind};
 use crate::driver::inject::Kind as Call;
@@ -44,19 +44,40 @@ unsafe fn load(module: *mut Handle, image: *const c_void) -> Outcome {
     unsafe { put(module, entered.handle(Kind::Module, serial)) }
 }
 
+/// `.version`, if the text has one.
+fn version_of(text: &str) -> Option<(u32, u32)> {
+    let mut lines = text.lines().filter_map(|line| line.trim_start().strip_prefix(".version"));
+    let (major, minor) = lines.next()?.split("//").next()?.trim().split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// The parsed text. A process loads few texts, and each for many devices, so they are kept.
+fn parse(text: &str) -> Result<Arc<ptx::Module>, String> {
+    static PARSED: Mutex<BTreeMap<String, Arc<ptx::Module>>> = Mutex::new(BTreeMap::new());
+    let parsed = || PARSED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(ptx) = parsed().get(text) {
+        return Ok(ptx.clone());
+    }
+    let ptx = ptx::parse(text).map_err(|error| error.to_string())?;
+    if version_of(text).is_none() || ptx.target == 0 {
+        return Err("PTX line 1: PTX text has a .version and a .target".into());
+    }
+    let ptx = Arc::new(ptx);
+    parsed().insert(text.to_owned(), ptx.clone());
+    Ok(ptx)
+}
+
 impl Machine {
     fn load(&mut self, text: &str, context: u64) -> Outcome<u64> {
-        let ptx = match ptx::parse(text) {
-            Ok(ptx) => ptx,
-            Err(error) => return self.refuse(Status::INVALID_PTX, error.to_string()),
-        };
-        if ptx.version == (0, 0) || ptx.target == 0 {
-            return self.refuse(Status::INVALID_PTX, "PTX text has a .version and a .target");
-        }
-        if ptx.version > self.newest_ptx {
-            let message = format!("PTX {:?} is newer than this driver's {:?}", ptx.version, self.newest_ptx);
+        // Before all else, as a newer text may well hold what this one cannot read.
+        if version_of(text).is_some_and(|version| version > self.newest_ptx) {
+            let message = format!("the PTX is newer than this driver's {:?}", self.newest_ptx);
             return self.refuse(Status::UNSUPPORTED_PTX_VERSION, message);
         }
+        let ptx = match parse(text) {
+            Ok(ptx) => ptx,
+            Err(message) => return self.refuse(Status::INVALID_PTX, message),
+        };
         let (major, minor) = self.limits.capability();
         if ptx.target > (major * 10 + minor) as u32 {
             let message = format!("the PTX is for sm_{}, and the device is sm_{major}{minor}", ptx.target);
@@ -64,8 +85,7 @@ impl Machine {
         }
         let globals = self.place_variables(&ptx, context)?;
         let serial = self.new_serial();
-        let module =
-            Module { context, ptx: Arc::new(ptx), globals: Arc::new(globals), functions: BTreeMap::new() };
+        let module = Module { context, ptx, globals: Arc::new(globals), functions: BTreeMap::new() };
         self.modules.insert(serial, module);
         Ok(serial)
     }

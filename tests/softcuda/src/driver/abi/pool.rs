@@ -137,7 +137,7 @@ pub unsafe extern "C" fn cuMemPoolGetAttribute(
                 1..=LAST_SWITCH => put(value.cast::<c_int>(), set.unwrap_or(1) as c_int),
                 RELEASE_THRESHOLD => put(value.cast::<c_ulonglong>(), set.unwrap_or(0)),
                 ..=LAST_AMOUNT => {
-                    let high = attribute % 2 == 0;
+                    let high = attribute.is_multiple_of(2);
                     let machine = &entered.machine;
                     put(
                         value.cast::<c_ulonglong>(),
