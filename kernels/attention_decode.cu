@@ -110,7 +110,6 @@ template <int D> __device__ __forceinline__ void decode(const AttentionArgs& a) 
     const Splits splits(a, sequence);
     if (blockIdx.x >= splits.count) return;
     const Keys keys(a, sequence, part.kv_head);
-    const bf16 *k_pages = static_cast<const bf16*>(a.keys), *v_pages = static_cast<const bf16*>(a.values);
 
     const uint32_t start = splits.start + blockIdx.x * splits.length;
     const uint32_t end = min(start + splits.length, splits.end);
@@ -118,8 +117,7 @@ template <int D> __device__ __forceinline__ void decode(const AttentionArgs& a) 
         const uint32_t tile = buffers + L::BUFFERS + (warp * L::STAGES + stage) * 2 * L::TILE;
         if (key < end) {
             const uint32_t block = block_of<16>(keys, key, splits.first, end);
-            load_rows<D, 16>(k_pages, keys, block, key, splits.first, end, tile, 0);
-            load_rows<D, 16>(v_pages, keys, block, key, splits.first, end, tile + L::TILE, 0);
+            load_rows<D, 16>(a, keys, block, key, splits.first, end, tile, tile + L::TILE, 0);
         }
         cp_async_commit();
     };
