@@ -230,7 +230,7 @@ template <int SLOTS> __device__ __forceinline__ void decode_plain(const Attentio
 PLAIN(128)
 PLAIN(256)
 
-// Adds up the partial results of one head of one sequence. Grid (heads, sequences).
+// Adds up the partial results of one head of one sequence. Grid (heads, sequences), a thread an element of head_dim.
 constexpr uint32_t COMBINE_THREADS = 128;
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
     attention_combine(const __grid_constant__ AttentionArgs a) {
@@ -245,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
     top = warp_max(top);
 
     // Whole warps, so that lanes can pass their splits' shares on.
-    for (uint32_t d = threadIdx.x; d - lane < a.head_dim; d += COMBINE_THREADS) {
+    for (uint32_t d = threadIdx.x; d - lane < a.head_dim; d += blockDim.x) {
         float total = 0.f, weight = 0.f;
         for (uint32_t start = 0; start < count; start += WARP) {
             const float2 stats = start == 0 ? first : stats_of(start + lane);
