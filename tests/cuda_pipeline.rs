@@ -14,8 +14,8 @@ use c2c::{
     fuser::{FusionMode, GateOverride},
     model::Goal,
     pipeline::{
-        ComputeType, Error, FuserChoice, Link, Mode, Overlap, Prompt, Session, SessionOptions, SharerPrompt, Stream,
-        WantedLogits, generate,
+        ComputeType, Error, FuserChoice, Link, Mode, Overlap, Prompt, Session, SessionOptions, SharerPrompt,
+        Stream, WantedLogits, generate,
     },
 };
 use device::forgetful::Forgetful;
@@ -140,7 +140,8 @@ fn the_order_of_streams_changes_nothing() {
 #[test]
 fn a_replayed_graph_is_the_pass_itself() {
     let Some(gpu) = device::gpu() else { return };
-    let session = Session::open_on(gpu.backend.clone(), options(ComputeType::Bf16, Overlap::Off), &|_, _, _| {});
+    let session =
+        Session::open_on(gpu.backend.clone(), options(ComputeType::Bf16, Overlap::Off), &|_, _, _| {});
     let session = session.unwrap();
     let lane = || {
         let mut lane = session.lane(session.receiver.as_ref().unwrap(), ROOM).unwrap();

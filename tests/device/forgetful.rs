@@ -41,6 +41,9 @@ impl<F: Fn(usize, usize) -> bool + Send + Sync> Backend for Forgetful<F> {
     fn threads(&self) -> usize {
         self.inner.threads()
     }
+    fn memory_plan(&self) -> Option<String> {
+        self.inner.memory_plan()
+    }
     fn activation_dtype(&self, precision: Precision) -> DType {
         self.inner.activation_dtype(precision)
     }

@@ -6,12 +6,17 @@
 
 mod arena;
 mod attention;
+mod embed;
 mod event;
+mod fuse;
 mod launch;
+mod linear_decode;
+mod linear_prefill;
 mod module;
 mod pages;
 mod pointwise;
 mod rope;
+mod sample;
 mod staging;
 
 pub use arena::Memory;
@@ -132,11 +137,6 @@ impl Cuda {
         format!("cuda:{}", self.ordinal)
     }
 
-    /// What memory is held for.
-    pub fn plan(&self) -> String {
-        self.arena.plan()
-    }
-
     /// Multiprocessors of the device.
     pub fn processors(&self) -> u32 {
         self.processors
@@ -200,6 +200,12 @@ impl Backend for Cuda {
         1
     }
 
+    fn memory_plan(&self) -> Option<String> {
+        let (free, total) = self.context.mem_get_info().unwrap_or_default();
+        let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+        Some(format!("{}; {:.1} of {:.1} MiB are free", self.arena.plan(), mib(free), mib(total)))
+    }
+
     fn activation_dtype(&self, precision: Precision) -> DType {
         match precision {
             Precision::F32 => DType::F32,
@@ -214,7 +220,7 @@ impl Backend for Cuda {
             ops::Scratch::Attention { sequences, heads, head_dim, context } => {
                 attention::scratch_len(sequences, heads, head_dim, context)
             }
-            ops::Scratch::Fuse(_) => todo!(),
+            ops::Scratch::Fuse(extent) => fuse::scratch_len(extent),
         }
     }
 
@@ -338,8 +344,8 @@ impl Backend for Cuda {
     }
 
     fn embed(&self, queue: usize, p: ops::EmbedParams, ids: &Tensor, table: &Tensor, out: &Tensor) {
-        let _ = (queue, p, ids, table, out);
-        todo!()
+        let (launch, args) = embed::embed(p, ids, table, out);
+        self.launch(queue, &launch, &args);
     }
 
     fn rms_norm(&self, queue: usize, p: ops::RmsNormParams, x: &Tensor, weight: &Tensor, out: &Tensor) {
@@ -348,8 +354,13 @@ impl Backend for Cuda {
     }
 
     fn linear(&self, queue: usize, p: ops::LinearParams, x: &Tensor, weight: &ops::Weight, out: &Tensor) {
-        let _ = (queue, p, x, weight, out);
-        todo!()
+        let launches = match (p.precision, p.pass) {
+            (Precision::Fast, ops::Pass::Prefill) => {
+                linear_prefill::linear(p, x, weight, out, self.processors)
+            }
+            _ => linear_decode::linear(p, x, weight, out),
+        };
+        launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
     }
 
     fn linear_glu(
@@ -361,8 +372,13 @@ impl Backend for Cuda {
         _: &Tensor,
         out: &Tensor,
     ) {
-        let _ = (queue, p, x, gate_up, out);
-        todo!()
+        let (launch, args) = match (p.precision, p.pass) {
+            (Precision::Fast, ops::Pass::Prefill) => {
+                linear_prefill::linear_glu(p, x, gate_up, out, self.processors)
+            }
+            _ => linear_decode::linear_glu(p, x, gate_up, out),
+        };
+        self.launch(queue, &launch, &args);
     }
 
     fn rope_kv_write(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeOperands) {
@@ -401,8 +417,14 @@ impl Backend for Cuda {
     }
 
     fn fuse(&self, queue: usize, p: ops::FuseParams, extent: ops::FuseExtent, operands: &ops::FuseOperands) {
-        let _ = (queue, p, extent, operands);
-        todo!()
+        let plan = fuse::fuse(p, extent, operands, self.processors);
+        if !plan.table.is_empty() {
+            let to = operands.scratch.address();
+            let copied = self.staging.upload(&self.stream(queue), &plan.table, to);
+            self.note(|| "uploading the fuser's table".into(), copied);
+        }
+        plan.launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
+        plan.copies.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
     }
 }
 

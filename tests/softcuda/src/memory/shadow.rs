@@ -1,0 +1,442 @@
+//! Who wrote and who read each byte last, and whether it was written at all.
+//!
+//! As in FastTrack (Flanagan and Freund, 2009) one last write and one last read are kept where accesses are
+//! ordered; reads that are not ordered are kept as a set of warps, a mark for several blocks, or a set of
+//! operations.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+
+use super::Op;
+use crate::exec::{Access, Problem};
+
+/// Bytes of a chunk: one cell until an access needs finer ones.
+const CHUNK: usize = 4096;
+const WORD: u32 = 2;
+
+const NOBODY: u32 = u32::MAX;
+/// Of `Reading::op`: the rest is the number of a set.
+const SET: u32 = 1 << 31;
+const SEVERAL_BLOCKS: u32 = u32::MAX;
+const SEVERAL_THREADS: u16 = u16::MAX;
+
+/// A thread that accesses memory.
+#[derive(Clone, Copy)]
+pub struct Thread<'a> {
+    /// Number of its block in the grid.
+    pub block: u32,
+    /// Number in the block.
+    pub number: u16,
+    /// The block's time: it goes up with each arrival at a barrier.
+    pub time: u32,
+    /// By warp: the time before which this thread's warp has seen its accesses.
+    pub seen: &'a [u32],
+}
+
+/// The operation that accesses memory, and what comes before it.
+pub struct Order<'a> {
+    pub op: &'a Op<'a>,
+    /// The last answer of `happens_before`.
+    known: Cell<(u32, bool)>,
+}
+
+impl<'a> Order<'a> {
+    pub fn new(op: &'a Op<'a>) -> Order<'a> {
+        Order { op, known: Cell::new((NOBODY, true)) }
+    }
+
+    fn after(&self, other: u32) -> bool {
+        let (op, answer) = self.known.get();
+        if op == other {
+            return answer;
+        }
+        let answer = (self.op.happens_before)(other);
+        self.known.set((other, answer));
+        answer
+    }
+}
+
+#[derive(Clone, Copy)]
+pub struct Accessor<'a> {
+    pub order: &'a Order<'a>,
+    /// None: a copy, not a kernel.
+    pub thread: Option<Thread<'a>>,
+}
+
+#[derive(Clone, Copy)]
+struct Writing {
+    op: u32,
+    block: u32,
+    time: u32,
+    thread: u16,
+    atomic: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Reading {
+    op: u32,
+    block: u32,
+    time: u32,
+    warps: u32,
+    thread: u16,
+}
+
+#[derive(Clone, Copy)]
+struct State {
+    writing: Writing,
+    reading: Reading,
+    written: bool,
+    /// A `cp.async` is under way.
+    pending: bool,
+}
+
+const FRESH: State = State {
+    writing: Writing { op: NOBODY, block: 0, time: 0, thread: 0, atomic: false },
+    reading: Reading { op: NOBODY, block: 0, time: 0, warps: 0, thread: 0 },
+    written: false,
+    pending: false,
+};
+
+#[derive(Clone)]
+struct Chunk {
+    /// A cell has 2^grain bytes.
+    grain: u32,
+    cells: Vec<State>,
+}
+
+/// The shadow of one range of memory.
+#[derive(Clone)]
+pub struct Shadow {
+    chunks: Vec<Chunk>,
+}
+
+/// Sets of operations that read without being ordered.
+#[derive(Default)]
+pub struct Sets {
+    sets: Vec<Vec<u32>>,
+    numbers: HashMap<Vec<u32>, u32>,
+}
+
+impl Sets {
+    fn members(&self, op: u32) -> Vec<u32> {
+        if op & SET == 0 { vec![op] } else { self.sets[(op & !SET) as usize].clone() }
+    }
+
+    /// The readers so far, less those before the new one, and the new one.
+    fn join(&mut self, op: u32, order: &Order) -> u32 {
+        let mut members = self.members(op);
+        members.retain(|&member| member != order.op.id && !order.after(member));
+        if members.is_empty() {
+            return order.op.id;
+        }
+        members.push(order.op.id);
+        members.sort_unstable();
+        let next = self.sets.len() as u32;
+        let number = *self.numbers.entry(members.clone()).or_insert(next);
+        if number == next {
+            self.sets.push(members);
+        }
+        SET | number
+    }
+}
+
+/// What an access found, before it is told where.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Finding {
+    Uninitialised,
+    Race { other: Other },
+}
+
+/// The other party of a race.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Other {
+    /// An operation that is not ordered before this one.
+    Operation {
+        id: u32,
+        wrote: bool,
+    },
+    Block {
+        number: u32,
+        wrote: bool,
+    },
+    SeveralBlocks,
+    Thread {
+        number: u16,
+        wrote: bool,
+    },
+    SeveralThreads,
+    Copy,
+}
+
+impl Other {
+    /// In words; `name` names operations.
+    pub fn describe(self, name: impl Fn(u32) -> String) -> String {
+        let did = |wrote| if wrote { "write" } else { "read" };
+        match self {
+            Other::Operation { id, wrote } => {
+                format!("the {} of {}, which is not ordered with it", did(wrote), name(id))
+            }
+            Other::Block { number, wrote } => format!("the {} of block number {number}", did(wrote)),
+            Other::SeveralBlocks => "reads of several blocks".to_owned(),
+            Other::Thread { number, wrote } => {
+                format!("the {} of thread number {number} of the block, with no barrier between", did(wrote))
+            }
+            Other::SeveralThreads => {
+                "reads of several threads of the block, with no barrier between".to_owned()
+            }
+            Other::Copy => "a cp.async that was not waited for".to_owned(),
+        }
+    }
+}
+
+impl Accessor<'_> {
+    fn check_write(&self, writing: &Writing, atomic: bool) -> Result<(), Finding> {
+        if writing.op == NOBODY {
+            return Ok(());
+        }
+        let op = self.order.op.id;
+        if writing.op != op {
+            let other = Other::Operation { id: writing.op, wrote: true };
+            return if self.order.after(writing.op) { Ok(()) } else { Err(Finding::Race { other }) };
+        }
+        let Some(thread) = &self.thread else { return Ok(()) };
+        if atomic && writing.atomic {
+            return Ok(());
+        }
+        if writing.block != thread.block {
+            let other = Other::Block { number: writing.block, wrote: true };
+            return Err(Finding::Race { other });
+        }
+        if writing.thread == thread.number || writing.time < thread.seen[usize::from(writing.thread / 32)] {
+            return Ok(());
+        }
+        Err(Finding::Race { other: Other::Thread { number: writing.thread, wrote: true } })
+    }
+
+    fn check_read(&self, reading: &Reading, sets: &Sets) -> Result<(), Finding> {
+        if reading.op == NOBODY {
+            return Ok(());
+        }
+        let op = self.order.op.id;
+        if reading.op != op {
+            let race = |id| Err(Finding::Race { other: Other::Operation { id, wrote: false } });
+            if reading.op & SET == 0 {
+                return if self.order.after(reading.op) { Ok(()) } else { race(reading.op) };
+            }
+            return match sets.members(reading.op).into_iter().find(|&id| id == op || !self.order.after(id)) {
+                Some(id) => race(id),
+                None => Ok(()),
+            };
+        }
+        let Some(thread) = &self.thread else { return Ok(()) };
+        if reading.block != thread.block {
+            let other = match reading.block {
+                SEVERAL_BLOCKS => Other::SeveralBlocks,
+                number => Other::Block { number, wrote: false },
+            };
+            return Err(Finding::Race { other });
+        }
+        if reading.thread == thread.number {
+            return Ok(());
+        }
+        let mut warps = reading.warps;
+        while warps != 0 {
+            let warp = warps.trailing_zeros() as usize;
+            warps &= warps - 1;
+            if reading.time >= thread.seen[warp] {
+                let other = match reading.thread {
+                    SEVERAL_THREADS => Other::SeveralThreads,
+                    number => Other::Thread { number, wrote: false },
+                };
+                return Err(Finding::Race { other });
+            }
+        }
+        Ok(())
+    }
+
+    fn note_read(&self, reading: &mut Reading, sets: &mut Sets) {
+        let op = self.order.op.id;
+        let (block, number, time) =
+            self.thread.map_or((0, 0, 0), |thread| (thread.block, thread.number, thread.time));
+        let warp = 1 << (number / 32);
+        let new = Reading { op, block, time, warps: warp, thread: number };
+        if reading.op == op {
+            if reading.block != block {
+                reading.block = SEVERAL_BLOCKS;
+            } else if reading.thread != number {
+                let seen = self.thread.is_some_and(|thread| {
+                    (0..32).all(|warp| reading.warps >> warp & 1 == 0 || reading.time < thread.seen[warp])
+                });
+                if seen {
+                    *reading = new;
+                } else {
+                    *reading = Reading { thread: SEVERAL_THREADS, warps: reading.warps | warp, ..new };
+                }
+            } else {
+                reading.time = time;
+            }
+        } else if reading.op == NOBODY || reading.op & SET == 0 && self.order.after(reading.op) {
+            *reading = new;
+        } else {
+            *reading = Reading { op: sets.join(reading.op, self.order), ..new };
+        }
+    }
+
+    fn writing(&self, atomic: bool) -> Writing {
+        let (block, thread, time) =
+            self.thread.map_or((0, 0, 0), |thread| (thread.block, thread.number, thread.time));
+        Writing { op: self.order.op.id, block, time, thread, atomic }
+    }
+}
+
+impl Shadow {
+    pub fn new(bytes: usize) -> Shadow {
+        Shadow {
+            chunks: vec![Chunk { grain: CHUNK.trailing_zeros(), cells: vec![FRESH] }; bytes.div_ceil(CHUNK)],
+        }
+    }
+
+    /// Forgets everything but how fine the cells are.
+    pub fn clear(&mut self) {
+        for chunk in &mut self.chunks {
+            chunk.cells.fill(FRESH);
+        }
+    }
+
+    /// Calls `each` with the cells of a range and the offset of their first byte.
+    fn visit<E>(
+        &mut self,
+        from: usize,
+        bytes: usize,
+        mut each: impl FnMut(&mut State, usize, usize) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (mut at, end) = (from, from + bytes);
+        while at < end {
+            let chunk = &mut self.chunks[at / CHUNK];
+            let (start, stop) = (at % CHUNK, (end - at + at % CHUNK).min(CHUNK));
+            let fine = ((start | stop) as u32 | 1 << 12).trailing_zeros();
+            if fine < chunk.grain {
+                chunk.split(fine.min(WORD));
+            }
+            let grain = chunk.grain;
+            let base = at - start;
+            for (index, cell) in chunk.cells[start >> grain..stop >> grain].iter_mut().enumerate() {
+                each(cell, base + (((start >> grain) + index) << grain), 1 << grain)?;
+            }
+            at = base + stop;
+        }
+        Ok(())
+    }
+
+    /// `used`: a bit for each byte of the access that matters; `u32::MAX`: all.
+    pub fn read(
+        &mut self,
+        from: usize,
+        bytes: usize,
+        used: u32,
+        by: &Accessor,
+        sets: &mut Sets,
+    ) -> Result<(), (usize, Finding)> {
+        self.visit(from, bytes, |cell, at, size| {
+            if used != u32::MAX && size < 32 && used >> (at - from) & ((1 << size) - 1) == 0 {
+                return Ok(());
+            }
+            if cell.pending {
+                return Err((at, Finding::Race { other: Other::Copy }));
+            }
+            by.check_write(&cell.writing, false).map_err(|finding| (at, finding))?;
+            if !cell.written {
+                return Err((at, Finding::Uninitialised));
+            }
+            by.note_read(&mut cell.reading, sets);
+            Ok(())
+        })
+    }
+
+    pub fn write(
+        &mut self,
+        from: usize,
+        bytes: usize,
+        atomic: bool,
+        by: &Accessor,
+        sets: &Sets,
+    ) -> Result<(), (usize, Finding)> {
+        self.visit(from, bytes, |cell, at, _| {
+            if cell.pending {
+                return Err((at, Finding::Race { other: Other::Copy }));
+            }
+            by.check_write(&cell.writing, atomic).map_err(|finding| (at, finding))?;
+            by.check_read(&cell.reading, sets).map_err(|finding| (at, finding))?;
+            if atomic && !cell.written {
+                return Err((at, Finding::Uninitialised));
+            }
+            cell.writing = by.writing(atomic);
+            cell.reading = FRESH.reading;
+            cell.written = true;
+            Ok(())
+        })
+    }
+
+    /// Checks for a race without being an access: what frees memory must come after all who used it.
+    pub fn check_all(&mut self, bytes: usize, by: &Accessor, sets: &Sets) -> Result<(), (usize, Finding)> {
+        for (number, chunk) in self.chunks.iter_mut().enumerate() {
+            for (index, cell) in chunk.cells.iter_mut().enumerate() {
+                let at = number * CHUNK + (index << chunk.grain);
+                if at < bytes {
+                    by.check_write(&cell.writing, false).map_err(|finding| (at, finding))?;
+                    by.check_read(&cell.reading, sets).map_err(|finding| (at, finding))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Marks bytes that a `cp.async` will write.
+    pub fn begin_copy(
+        &mut self,
+        from: usize,
+        bytes: usize,
+        by: &Accessor,
+        sets: &Sets,
+    ) -> Result<(), (usize, Finding)> {
+        self.write(from, bytes, false, by, sets)?;
+        self.visit(from, bytes, |cell, _, _| {
+            cell.pending = true;
+            Ok(())
+        })
+    }
+
+    /// The bytes are there, for the thread that waited.
+    pub fn end_copy(&mut self, from: usize, bytes: usize, by: &Accessor) {
+        let done: Result<(), std::convert::Infallible> = self.visit(from, bytes, |cell, _, _| {
+            cell.pending = false;
+            cell.writing = by.writing(false);
+            Ok(())
+        });
+        let Ok(()) = done;
+    }
+}
+
+impl Chunk {
+    fn split(&mut self, grain: u32) {
+        let each = 1 << (self.grain - grain);
+        self.cells = self.cells.iter().flat_map(|&cell| std::iter::repeat_n(cell, each)).collect();
+        self.grain = grain;
+    }
+}
+
+impl Finding {
+    /// The finding with what a report needs.
+    pub fn into_problem(
+        self,
+        access: Access,
+        space: &'static str,
+        address: u64,
+        name: impl Fn(u32) -> String,
+    ) -> Problem {
+        match self {
+            Finding::Uninitialised => Problem::Uninitialised { space, address },
+            Finding::Race { other } => Problem::Race { access, space, address, other: other.describe(name) },
+        }
+    }
+}
