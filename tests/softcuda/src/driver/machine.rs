@@ -295,17 +295,27 @@ impl Machine {
         bytes <= self.total_memory.saturating_sub(self.used_memory)
     }
 
-    /// Device memory of `bytes` > 0.
-    pub fn allocate(&mut self, bytes: u64, context: u64, variable: bool) -> Outcome<u64> {
-        if !self.has_room(bytes) {
-            let free = self.total_memory.saturating_sub(self.used_memory);
-            return self.refuse(Status::OUT_OF_MEMORY, format!("{bytes} bytes asked for, {free} free"));
+    pub fn require_room(&mut self, bytes: u64) -> Outcome {
+        if self.has_room(bytes) {
+            return Ok(());
         }
+        let free = self.total_memory.saturating_sub(self.used_memory);
+        self.refuse(Status::OUT_OF_MEMORY, format!("{bytes} bytes asked for, {free} free"))
+    }
+
+    /// Device memory of `bytes` > 0 for the program.
+    pub fn allocate(&mut self, bytes: u64, context: u64) -> Outcome<u64> {
+        self.require_room(bytes)?;
         let address = self.memory.alloc(bytes);
-        self.allocations.insert(address, Allocation { context, bytes, variable });
-        self.used_memory += bytes;
-        self.most_used = self.most_used.max(self.used_memory);
+        self.book(address, Allocation { context, bytes, variable: false });
         Ok(address)
+    }
+
+    /// Enters an allocation into the books.
+    pub fn book(&mut self, address: u64, memory: Allocation) {
+        self.used_memory += memory.bytes;
+        self.most_used = self.most_used.max(self.used_memory);
+        self.allocations.insert(address, memory);
     }
 
     /// Strikes the allocation from the books.

@@ -342,26 +342,19 @@ impl Machine {
         Ok(call(&mut self.memory, &op)?)
     }
 
-    /// The number of something the host does between operations: what is enqueued later comes after it.
-    fn host_action(&mut self) -> u32 {
+    /// What the host does with memory between operations: all that was enqueued is over, or has nothing to
+    /// do with it, and what is enqueued later comes after.
+    pub fn as_host<T>(&mut self, name: &str, call: impl FnOnce(&mut DeviceMemory, &memory::Op) -> T) -> T {
+        let id = self.marks.len() as u32;
         // The operation before the first of a lane: all lanes know that one to be over.
         self.marks.push(Mark { lane: 0, seq: 0 });
-        self.marks.len() as u32 - 1
-    }
-
-    /// Writes new memory, for which no operation stands.
-    pub fn write_new(&mut self, address: u64, data: &[u8]) {
-        let id = self.host_action();
-        let op = memory::Op { id, happens_before: &|_| true, name: "module load" };
-        self.memory.write(address, data, &op).expect("memory just allocated is there");
+        call(&mut self.memory, &memory::Op { id, happens_before: &|_| true, name })
     }
 
     /// Frees memory, where nothing uses it any more.
     pub fn release_memory(&mut self, address: u64) {
-        let id = self.host_action();
-        let op = memory::Op { id, happens_before: &|_| true, name: "free" };
         // An address that is not allocated was refused before, so there is nothing to report.
-        let _ = self.memory.free(address, &op);
+        let _ = self.as_host("free", |memory, op| memory.free(address, op));
         self.forget_memory(address);
     }
 }
