@@ -32,7 +32,10 @@ fn main() -> Result<()> {
     let wheel = root.join("target/nvcc/nvidia/cu13/bin/nvcc");
 
     let mut table = String::from("&[\n");
-    if let Some(nvcc) = find_nvcc(&wheel) {
+    let nvcc = find_nvcc(&wheel);
+    // Tests assemble the kernels with the ptxas beside it.
+    println!("cargo::rustc-env=C2C_NVCC={}", nvcc.as_deref().unwrap_or(Path::new("")).display());
+    if let Some(nvcc) = nvcc {
         let mut sources: Vec<PathBuf> = fs::read_dir(&kernels)?
             .map(|entry| Ok(entry?.path()))
             .collect::<Result<Vec<_>>>()?

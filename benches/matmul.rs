@@ -13,7 +13,7 @@ use machine::{Machine, Work, assert_close};
 use synthetic::{Synthetic, decode_row};
 
 fn matmul(criterion: &mut Criterion) {
-    let machine = Machine::open();
+    let Some(machine) = Machine::open() else { return };
     let mut group = machine.group(criterion, "matmul");
     let queue = Queue::new(&machine.device).expect("a queue");
     // Tokens × inputs × outputs.
@@ -33,7 +33,7 @@ fn matmul(criterion: &mut Criterion) {
         let id = format!("{dtype} {tokens}x{cols}x{rows}");
         let (tokens, rows) = if machine.smoke() { (tokens.min(33), rows.min(130)) } else { (tokens, rows) };
         let mut synthetic = Synthetic::new(&queue);
-        let x = synthetic.activations(&[tokens, cols]);
+        let x = synthetic.activations(precision, &[tokens, cols]);
         let weight = Weight::new(synthetic.matrix(dtype, rows, cols));
         let out = machine.device.alloc(DType::F32, &[tokens, rows], "product").expect("memory");
         let pass = if tokens == 1 { Pass::Decode } else { Pass::Prefill };

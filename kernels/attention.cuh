@@ -28,6 +28,8 @@ struct AttentionArgs {
     uint32_t window;      // a query sees keys at distance < window; 0 = all
     float scale;          // > 0
     float soft_cap;       // s = cap * tanh(s / cap); 0 = none
+    // F32 or BF16: of q and out, of keys and values. Kernels whose names say bf16 take them as that.
+    uint32_t q_dtype, kv_dtype;
 };
 
 // What a product of query and key becomes: outer * x as an exponent of 2, or with a soft cap outer * tanh(inner * x).
@@ -47,6 +49,13 @@ struct Exponent {
     }
     __device__ float capped_exactly(float x) const { return tanhf(inner * x); }
 };
+
+__device__ __forceinline__ void store_float(void* to, uint32_t dtype, size_t i, float x) {
+    if (dtype == F32)
+        static_cast<float*>(to)[i] = x;
+    else
+        static_cast<bf16*>(to)[i] = from_float<bf16>(x);
+}
 
 // The first key that a query at key index `at` sees.
 __device__ __forceinline__ uint32_t first_key(const AttentionArgs& a, uint32_t at) {
@@ -74,18 +83,20 @@ struct Keys {
     }
 };
 
-// Some consecutive rows of a sequence.
+// Some consecutive rows of a sequence, for one kv head.
 struct QueryTile {
-    uint32_t sequence;
-    uint32_t token;  // the sequence's first, in q
-    uint32_t at;     // its key index
-    uint32_t row, rows;
+    uint32_t kv_head = 0;
+    uint32_t sequence = 0;
+    uint32_t token = 0;  // the sequence's first, in q
+    uint32_t at = 0;     // its key index
+    uint32_t row = 0, rows = 0;
 
     // The host knows the number of tokens but not whose they are: the grid has room for the tiles of any division into
-    // sequences, at most tokens * group / ROWS + sequences, and each block looks for its own. The last tiles, which
-    // have the most keys, start first. False if there is none.
+    // sequences, at most tokens * group / ROWS + sequences, times kv_heads, and each block looks for its own. The last
+    // tiles, which have the most keys, start first. False if there is none.
     template <uint32_t ROWS> __device__ bool find(const AttentionArgs& a, uint32_t group) {
-        uint32_t tile = gridDim.x - 1 - blockIdx.x;
+        uint32_t tile = (gridDim.x - 1 - blockIdx.x) / a.kv_heads;
+        kv_head = blockIdx.x % a.kv_heads;
         for (sequence = 0; sequence < a.sequences; ++sequence) {
             token = a.cu_q[sequence];
             const uint32_t tokens = a.cu_q[sequence + 1] - token;
@@ -174,6 +185,8 @@ template <int D, int M> struct Running {
 
     // Turns scores into exponentials under the rows' new maxima, and shrinks what was summed under the old ones.
     template <int KEYS> __device__ void softmax(float (&s)[M][KEYS / 8][4], float outer) {
+        float shrink[M][2];
+        bool moved = false;
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -184,7 +197,8 @@ template <int D, int M> struct Running {
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 1));
                 largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, 2));
                 const float before = top[m][h], now = fmaxf(before, largest * outer);
-                const float shrink = exp2_approx(before - now);
+                shrink[m][h] = exp2_approx(before - now);
+                moved |= now > before;
                 top[m][h] = now;
                 float total = 0.f;
 #pragma unroll
@@ -194,10 +208,17 @@ template <int D, int M> struct Running {
                         s[m][n][i] = exp2_approx(fmaf(s[m][n][i], outer, -now));
                         total += s[m][n][i];
                     }
-                sum[m][h] = sum[m][h] * shrink + total;
-#pragma unroll
-                for (int n = 0; n < D / 8; ++n) out[m][n][2 * h] *= shrink, out[m][n][2 * h + 1] *= shrink;
+                sum[m][h] = sum[m][h] * shrink[m][h] + total;
             }
+        // Maxima soon stop moving: then all factors are 1.
+        if (__any_sync(FULL_MASK, moved)) {
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) out[m][n][i] *= shrink[m][i / 2];
+        }
     }
 
     // s = Q K^T for the tile's keys, of which with EDGE only the sixteens that contain one of `from..to` are computed.

@@ -30,16 +30,17 @@ struct Splits {
     }
 };
 
-// Partial results: sums of values `[sequences, splits, heads, head_dim]`, then `[sequences, splits, heads]` maxima of
+// Partial results: sums of values `[sequences, splits, heads, head_dim]`, then `[sequences, heads, splits]` maxima of
 // the exponents with the sums of exponentials under them.
 struct Partials {
-    float* sums;
-    float2* stats;
+    float* sums;    // of split 0; `stride` floats on, of the next
+    float2* stats;  // of split 0
+    size_t stride;
 
-    __device__ Partials(const AttentionArgs& a, uint32_t sequence, uint32_t split, uint32_t head) {
-        const size_t index = (size_t(sequence) * a.splits + split) * a.heads + head;
-        sums = a.partials + index * a.head_dim;
-        stats = reinterpret_cast<float2*>(a.partials + size_t(a.sequences) * a.splits * a.heads * a.head_dim) + index;
+    __device__ Partials(const AttentionArgs& a, uint32_t sequence, uint32_t head) : stride(size_t(a.heads) * a.head_dim) {
+        sums = a.partials + sequence * a.splits * stride + size_t(head) * a.head_dim;
+        stats = reinterpret_cast<float2*>(a.partials + a.sequences * a.splits * stride) +
+                (size_t(sequence) * a.heads + head) * a.splits;
     }
 };
 
@@ -76,14 +77,15 @@ __device__ __forceinline__ void merge(const AttentionArgs& a, const Share<ROWS, 
             weight[w] = exp2_approx(shares[w].top[row] - top);
             sum += weight[w] * shares[w].sum[row];
         }
-        const Partials to(a, sequence, blockIdx.x, head + row);
+        const Partials partials(a, sequence, head + row);
+        float* to = partials.sums + blockIdx.x * partials.stride;
         for (uint32_t d = threadIdx.x % WARP; d < a.head_dim; d += WARP) {
             float total = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) total += weight[w] * shares[w].sums[row][d];
-            to.sums[d] = total;
+            to[d] = total;
         }
-        if (threadIdx.x % WARP == 0) *to.stats = make_float2(top, sum);
+        if (threadIdx.x % WARP == 0) partials.stats[blockIdx.x] = make_float2(top, sum);
     }
 }
 
@@ -191,7 +193,7 @@ KERNEL(256)
 // Without tensor cores: each warp takes 4 keys at a time, up to 8 heads a block.
 constexpr uint32_t PLAIN_WARPS = 4;
 
-template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void decode_plain(const AttentionArgs& a) {
+template <int SLOTS> __device__ __forceinline__ void decode_plain(const AttentionArgs& a) {
     __shared__ Share<PLAIN_ROWS, SLOTS * WARP> shares[PLAIN_WARPS];
     const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const GroupPart<PLAIN_ROWS> part(a);
@@ -201,12 +203,12 @@ template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void dec
     const Keys keys(a, sequence, part.kv_head);
     const Exponent exponent(a);
 
-    PlainRows<Q, T, SLOTS> rows;
+    PlainRows<SLOTS> rows;
     rows.clear();
-    const Q* q = static_cast<const Q*>(a.q) + size_t(sequence) * a.q_stride + size_t(part.head) * a.head_dim;
+    const size_t q = size_t(sequence) * a.q_stride + size_t(part.head) * a.head_dim;
 #pragma unroll
     for (uint32_t r = 0; r < PLAIN_ROWS; ++r)
-        if (r < part.heads) rows.load(rows.q[r], q + r * a.head_dim, a.head_dim);
+        if (r < part.heads) rows.load(rows.q[r], a.q, a.q_dtype, q + r * a.head_dim, true, a.head_dim);
     const uint32_t start = splits.start + blockIdx.x * splits.length, end = min(start + splits.length, splits.end);
     for (uint32_t key = start + warp * PLAIN_KEYS; key < end; key += PLAIN_WARPS * PLAIN_KEYS)
         rows.attend(a, exponent, keys, key, splits.first, end, splits.end - 1, window_of(a));
@@ -221,47 +223,47 @@ template <typename Q, typename T, int SLOTS> __device__ __forceinline__ void dec
     merge<PLAIN_WARPS>(a, shares, sequence, part.head, part.heads);
 }
 
-// Names say the largest head_dim and the types of queries and pages.
-#define PLAIN(D, Q_NAME, Q, T_NAME, T)                                                                                \
-    extern "C" __global__ void __launch_bounds__(PLAIN_WARPS* WARP)                                                   \
-        attention_decode_plain_##D##_##Q_NAME##_##T_NAME(const __grid_constant__ AttentionArgs a) {                   \
-        decode_plain<Q, T, D / WARP>(a);                                                                              \
+// Names say the largest head_dim.
+#define PLAIN(D)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(PLAIN_WARPS* WARP, 2)                                                \
+        attention_decode_plain_##D(const __grid_constant__ AttentionArgs a) {                                         \
+        decode_plain<D / WARP>(a);                                                                                    \
     }
-#define PLAINS(D)                                                                                                     \
-    PLAIN(D, f32, float, f32, float)                                                                                  \
-    PLAIN(D, f32, float, bf16, bf16)                                                                                  \
-    PLAIN(D, bf16, bf16, bf16, bf16)                                                                                  \
-    PLAIN(D, bf16, bf16, f32, float)
-PLAINS(128)
-PLAINS(256)
+PLAIN(128)
+PLAIN(256)
 
 // Adds up the partial results of one head of one sequence. Grid (heads, sequences).
-template <typename T> __device__ __forceinline__ void combine(const AttentionArgs& a) {
-    const uint32_t head = blockIdx.x, sequence = blockIdx.y;
-    const uint32_t count = Splits(a, sequence).count;
-    T* out = static_cast<T*>(a.out) + (size_t(sequence) * a.heads + head) * a.head_dim;
-    float top = -FLT_MAX;
-    for (uint32_t split = 0; split < count; ++split) top = fmaxf(top, Partials(a, sequence, split, head).stats->x);
-    for (uint32_t d = threadIdx.x; d < a.head_dim; d += blockDim.x) {
-        float total = 0.f, weight = 0.f;
-#pragma unroll 4
-        for (uint32_t split = 0; split < count; ++split) {
-            const Partials from(a, sequence, split, head);
-            const float2 stats = *from.stats;
-            const float share = exp2_approx(stats.x - top);
-            weight += share * stats.y;
-            total += share * from.sums[d];
-        }
-        out[d] = from_float<T>(total / weight);
-    }
-}
-
 constexpr uint32_t COMBINE_THREADS = 128;
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
-    attention_combine_bf16(const __grid_constant__ AttentionArgs a) {
-    combine<bf16>(a);
-}
-extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
-    attention_combine_f32(const __grid_constant__ AttentionArgs a) {
-    combine<float>(a);
+    attention_combine(const __grid_constant__ AttentionArgs a) {
+    const uint32_t head = blockIdx.x, sequence = blockIdx.y, lane = threadIdx.x % WARP;
+    const uint32_t count = Splits(a, sequence).count;
+    const Partials from(a, sequence, head);
+    // Each lane has every 32nd split's.
+    const auto stats_of = [&](uint32_t split) { return split < count ? from.stats[split] : make_float2(-FLT_MAX, 0.f); };
+    const float2 first = stats_of(lane);
+    float top = first.x;
+    for (uint32_t split = lane + WARP; split < count; split += WARP) top = fmaxf(top, from.stats[split].x);
+    top = warp_max(top);
+
+    // Whole warps, so that lanes can pass their splits' shares on.
+    for (uint32_t d = threadIdx.x; d - lane < a.head_dim; d += COMBINE_THREADS) {
+        float total = 0.f, weight = 0.f;
+        for (uint32_t start = 0; start < count; start += WARP) {
+            const float2 stats = start == 0 ? first : stats_of(start + lane);
+            const float share = exp2_approx(stats.x - top);
+            weight += share * stats.y;
+            const float* sums = from.sums + start * from.stride + d;
+#pragma unroll 8
+            for (uint32_t j = 0; j < min(WARP, count - start); ++j) {
+                const float x = d < a.head_dim ? sums[j * from.stride] : 0.f;
+                total += __shfl_sync(FULL_MASK, share, j) * x;
+            }
+        }
+        weight = warp_sum(weight);
+        if (d >= a.head_dim) continue;
+        // No keys: a place of the batch that is not in use.
+        const float mean = count > 0 ? total / weight : 0.f;
+        store_float(a.out, a.q_dtype, (size_t(sequence) * a.heads + head) * a.head_dim + d, mean);
+    }
 }

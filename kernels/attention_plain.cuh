@@ -19,8 +19,8 @@ template <uint32_t HALF = WARP / 2> __device__ __forceinline__ float transposed_
     return x[0];
 }
 
-// Q: of queries, T: of pages. SLOTS * 32 >= head_dim.
-template <typename Q, typename T, int SLOTS> struct PlainRows {
+// SLOTS * 32 >= head_dim.
+template <int SLOTS> struct PlainRows {
     float q[PLAIN_ROWS][SLOTS];
     float out[PLAIN_ROWS][SLOTS];
     float top, sum;
@@ -34,11 +34,28 @@ template <typename Q, typename T, int SLOTS> struct PlainRows {
         top = -FLT_MAX, sum = 0.f;
     }
 
-    template <typename U> __device__ static void load(float (&x)[SLOTS], const U* from, uint32_t head_dim) {
+    // Elements `offset`.. of a tensor, one row of them; zeros if it is not there.
+    __device__ static void load(float (&x)[SLOTS], const void* from, uint32_t dtype, size_t offset, bool there,
+                                uint32_t head_dim) {
+        const auto fill = [&](const auto* row) {
+#pragma unroll
+            for (int i = 0; i < SLOTS; ++i) {
+                const uint32_t d = i * WARP + threadIdx.x % WARP;
+                x[i] = there && d < head_dim ? to_float(row[d]) : 0.f;
+            }
+        };
+        if (dtype == F32)
+            fill(static_cast<const float*>(from) + offset);
+        else
+            fill(static_cast<const bf16*>(from) + offset);
+    }
+    __device__ static void store(const float (&x)[SLOTS], float scale, void* to, uint32_t dtype, size_t offset,
+                                 uint32_t head_dim) {
 #pragma unroll
         for (int i = 0; i < SLOTS; ++i) {
             const uint32_t d = i * WARP + threadIdx.x % WARP;
-            x[i] = d < head_dim ? to_float(from[d]) : 0.f;
+            // + 0 so that no sum is -0 for one way of tiling and +0 for another.
+            if (d < head_dim) store_float(to, dtype, offset + d, x[i] * scale + 0.f);
         }
     }
 
@@ -46,11 +63,12 @@ template <typename Q, typename T, int SLOTS> struct PlainRows {
     // `own`, at distances below the window.
     __device__ void attend(const AttentionArgs& a, const Exponent& exponent, const Keys& keys, uint32_t key,
                            uint32_t first, uint32_t end, uint32_t own, uint32_t window) {
+        const bool one_block = a.block_size >= PLAIN_KEYS;
+        const uint32_t block = block_of<PLAIN_KEYS>(keys, key, first, end);
         const auto row_of = [&](const void* pages, uint32_t key, float(&x)[SLOTS]) {
             const bool seen = first <= key && key < end;
-            const T* from = static_cast<const T*>(pages);
-            if (seen) from += keys.offset(keys.block(key), key, a.head_dim);
-            load(x, from, seen ? a.head_dim : 0);
+            const size_t offset = seen ? keys.offset(one_block ? block : keys.block(key), key, a.head_dim) : 0;
+            load(x, pages, a.kv_dtype, offset, seen, a.head_dim);
         };
         float products[WARP];
 #pragma unroll

@@ -68,20 +68,20 @@ fn every_level_of_the_cpu_agrees_in_f32() {
 
 #[test]
 fn a_gpu_agrees_in_f32() {
-    let Some(gpu) = device::cuda() else { return };
+    let Some(gpu) = device::gpu() else { return };
     let plain = plain_cpu();
     for case in table() {
         let reference = run(&case, &plain, F32);
-        judge(&case, &reference, &reference, &run(&case, &gpu, F32), ORDER);
+        judge(&case, &reference, &reference, &run(&case, &gpu.backend, F32), ORDER);
     }
 }
 
 #[test]
 fn a_gpu_agrees_in_bf16() {
-    let Some(gpu) = device::cuda() else { return };
+    let Some(gpu) = device::gpu() else { return };
     let plain = plain_cpu();
     for case in table() {
         let (reference, rounded) = (run(&case, &plain, F32), run(&case, &plain, PLAIN));
-        judge(&case, &reference, &rounded, &run(&case, &gpu, FAST), ORDER);
+        judge(&case, &reference, &rounded, &run(&case, &gpu.backend, FAST), ORDER);
     }
 }

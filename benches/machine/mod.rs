@@ -1,4 +1,9 @@
 //! The device that benches run on, and what it can do at best, measured in the same run.
+//!
+//! `C2C_BENCH_DEVICE` names it as `--device` does; the CPU where it is not set. A device that is not there is no error: the bench
+//! says what it needs and does nothing.
+
+mod card;
 
 use c2c::backend::{Backend, DeviceChoice, cpu::Limits, open};
 use criterion::{BenchmarkGroup, Criterion, SamplingMode, measurement::WallTime};
@@ -19,33 +24,64 @@ pub enum Work {
     Read(f64),
 }
 
+/// Operations or bytes a second; `None` where unknown.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rates {
+    f32: Option<f64>,
+    bf16: Option<f64>,
+    int8: Option<f64>,
+    read: Option<f64>,
+}
+
 pub struct Machine {
     pub device: Arc<dyn Backend>,
     /// `None` in a smoke test, where nothing is timed.
-    limits: Option<Limits>,
+    rates: Option<Rates>,
 }
 
 impl Machine {
-    pub fn open() -> Machine {
+    /// `None`, with the reason printed, if the device is not there.
+    pub fn open() -> Option<Machine> {
         let given = |option: &str| std::env::args().any(|argument| argument == option);
         // As criterion decides: `cargo bench -- --test`, or `cargo test` with the benches.
         let smoke = given("--test") || !given("--bench");
-        let device = open(DeviceChoice::Cpu, 0).expect("every machine has a CPU");
-        let limits = (!smoke).then(|| Limits::measure(device.threads()));
-        if let Some(limits) = &limits {
-            let [f32, bf16, int8] = [limits.f32_flops, limits.bf16_flops, limits.int8_ops].map(|x| x / 1e9);
-            let read = limits.read_bytes / 1e9;
+        let named = std::env::var("C2C_BENCH_DEVICE").unwrap_or_else(|_| "cpu".into());
+        let opened = named.parse().and_then(|choice: DeviceChoice| Ok((choice, open(choice, 0)?)));
+        let (choice, device) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                println!("skipped: {error}");
+                return None;
+            }
+        };
+        let rates = (!smoke).then(|| match device.device() {
+            "cuda" => {
+                let ordinal = if let DeviceChoice::Cuda(ordinal) = choice { ordinal } else { 0 };
+                card::measure(ordinal).unwrap_or_else(|error| {
+                    println!("the card's limits could not be measured: {error}");
+                    Rates::default()
+                })
+            }
+            _ => {
+                let limits = Limits::measure(device.threads());
+                let [f32, bf16, int8] = [limits.f32_flops, limits.bf16_flops, limits.int8_ops].map(Some);
+                Rates { f32, bf16, int8, read: Some(limits.read_bytes) }
+            }
+        });
+        if let Some(rates) = &rates {
+            let giga = |rate: Option<f64>| rate.map_or("unknown".into(), |rate| format!("{:.1}", rate / 1e9));
+            let [f32, bf16, int8, read] = [rates.f32, rates.bf16, rates.int8, rates.read].map(giga);
             println!(
-                "{}: f32 {f32:.0} GFLOP/s, bf16 {bf16:.0} GFLOP/s, int8 {int8:.0} GOP/s, read {read:.1} GB/s\n",
+                "{}: f32 {f32} GFLOP/s, bf16 {bf16} GFLOP/s, int8 {int8} GOP/s, memory {read} GB/s\n",
                 device.description()
             );
         }
-        Machine { device, limits }
+        Some(Machine { device, rates })
     }
 
     /// Nothing is timed: small shapes stand for those that the names of the benches give.
     pub fn smoke(&self) -> bool {
-        self.limits.is_none()
+        self.rates.is_none()
     }
 
     /// Ten samples of at least one run each.
@@ -77,17 +113,19 @@ impl Machine {
                 times[before..].iter().sum()
             })
         });
-        let limits = self.limits.as_ref()?;
+        let rates = self.rates.as_ref()?;
         times.sort();
         let median = *times.get(times.len() / 2)?;
         let (amount, limit, unit, of) = match work {
-            Work::F32(amount) => (amount, limits.f32_flops, "GFLOP/s", "f32 multiply-add rate"),
-            Work::Bf16(amount) => (amount, limits.bf16_flops, "GFLOP/s", "bf16 multiply-add rate"),
-            Work::Int8(amount) => (amount, limits.int8_ops, "GOP/s", "int8 multiply-add rate"),
-            Work::Read(amount) => (amount, limits.read_bytes, "GB/s", "read bandwidth"),
+            Work::F32(amount) => (amount, rates.f32, "GFLOP/s", "f32 multiply-add rate"),
+            Work::Bf16(amount) => (amount, rates.bf16, "GFLOP/s", "bf16 multiply-add rate"),
+            Work::Int8(amount) => (amount, rates.int8, "GOP/s", "int8 multiply-add rate"),
+            Work::Read(amount) => (amount, rates.read, "GB/s", "memory bandwidth"),
         };
         let rate = amount / median.as_secs_f64();
-        println!("{id}: {:.1} {unit} = {:.0} % of the {of}\n", rate / 1e9, 100.0 * rate / limit);
+        let share =
+            limit.map_or(String::new(), |limit| format!(" = {:.0} % of the {of}", 100.0 * rate / limit));
+        println!("{id}: {:.1} {unit}{share}\n", rate / 1e9);
         Some(median)
     }
 }

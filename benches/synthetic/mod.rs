@@ -41,10 +41,10 @@ impl Synthetic<'_> {
         self.uniform(n).into_iter().map(|u| (2.0 * u - 1.0) * bound).collect()
     }
 
-    /// F32 `dims`, uniform in ±1.
-    pub fn activations(&mut self, dims: &[usize]) -> Tensor {
-        let numbers = self.numbers(dims.iter().product(), 1.0);
-        self.queue.tensor(&numbers, dims, "activations").expect("memory for activations")
+    /// In the dtype that activations of this precision have on the device; uniform in ±1.
+    pub fn activations(&mut self, precision: Precision, dims: &[usize]) -> Tensor {
+        let dtype = self.queue.backend().activation_dtype(precision);
+        self.tensor(dtype, dims, 1.0)
     }
 
     /// Any float or block dtype of [`decode_row`], uniform in about ±`bound`.

@@ -192,6 +192,8 @@ pub trait Backend: Send + Sync {
     fn threads(&self) -> usize;
     /// What activations between ops are kept in; the residual stream and logits are F32 always.
     fn activation_dtype(&self, precision: Precision) -> DType;
+    /// What its memory is held for, in words; `None` where the system sees to that.
+    fn memory_plan(&self) -> Option<String>;
     /// F32 elements of scratch that an op needs.
     fn scratch_len(&self, scratch: ops::Scratch) -> usize;
 

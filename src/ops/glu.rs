@@ -1,8 +1,6 @@
 //! Gated linear unit and the soft cap on logits.
 
-use super::{
-    FLOATS, Pass, Scratch, ShapeError, Weight, activations, check, check_apart, scratch::check_scratch,
-};
+use super::{FLOATS, Pass, Scratch, ShapeError, Weight, check, check_apart, scratch::check_scratch};
 use crate::backend::{DType, Precision, Queue, Tensor};
 
 #[repr(u32)]
@@ -41,8 +39,9 @@ pub fn linear_glu(
 ) -> Result<(), ShapeError> {
     const OP: &str = "linear_glu";
     let (tokens, width, cols) = (out.rows(), out.row_len(), gate_up.cols());
-    check(OP, "out", out, activations(queue), &[tokens, width])?;
-    check(OP, "x", x, activations(queue), &[tokens, cols])?;
+    let activation_dtype = queue.backend().activation_dtype(precision);
+    check(OP, "out", out, &[activation_dtype], &[tokens, width])?;
+    check(OP, "x", x, &[activation_dtype], &[tokens, cols])?;
     if gate_up.parts.len() != 2 {
         return Err(ShapeError {
             op: OP,

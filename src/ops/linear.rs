@@ -1,6 +1,6 @@
 //! Linear map: `out = x · Wᵀ + bias`, or added to `out`.
 
-use super::{FLOATS, ShapeError, activations, check, check_apart};
+use super::{FLOATS, ShapeError, check, check_apart};
 use crate::backend::{DType, Precision, Queue, Tensor};
 
 /// A weight matrix `[rows, cols]`, possibly stacked from parts of different dtypes (q, k, v of one layer; gate and
@@ -63,8 +63,8 @@ pub struct LinearParams {
     pub accumulate: bool,
 }
 
-/// `x` activations `[tokens, cols]`, `out` activations or (always where accumulated) F32 `[tokens, rows]`, not overlapping
-/// `x`.
+/// `x` activations of this precision, `[tokens, cols]`; `out` the same or (always where accumulated) F32, `[tokens, rows]`, not
+/// overlapping `x`.
 pub fn linear(
     queue: &Queue,
     pass: Pass,
@@ -75,7 +75,8 @@ pub fn linear(
     out: &Tensor,
 ) -> Result<(), ShapeError> {
     let tokens = x.rows();
-    check("linear", "x", x, activations(queue), &[tokens, weight.cols()])?;
+    let activation = queue.backend().activation_dtype(precision);
+    check("linear", "x", x, &[activation], &[tokens, weight.cols()])?;
     for part in &weight.parts {
         let rows = part.matrix.rows();
         check("linear", "weight", &part.matrix, &DType::ALL, &[rows, weight.cols()])?;
@@ -83,7 +84,7 @@ pub fn linear(
             check("linear", "bias", bias, FLOATS, &[rows])?;
         }
     }
-    let outputs = if accumulate { &[DType::F32] } else { activations(queue) };
+    let outputs = if accumulate { &[DType::F32][..] } else { &[DType::F32, activation] };
     check("linear", "out", out, outputs, &[tokens, weight.rows()])?;
     check_apart("linear", out, &[("x", x)])?;
     let p = LinearParams { tokens: tokens as u32, pass, precision, accumulate };

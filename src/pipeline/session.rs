@@ -214,7 +214,15 @@ impl Session {
             }
         }
         let (aligner, load) = (OnceLock::new(), start.elapsed());
-        Ok(Session { backend, receiver, sharers, fusers, gates, options, aligner, load })
+        let session = Session { backend, receiver, sharers, fusers, gates, options, aligner, load };
+        session.log_memory("after loading");
+        Ok(session)
+    }
+
+    fn log_memory(&self, when: &str) {
+        if let Some(plan) = self.backend.memory_plan() {
+            log::info!("memory of {} {when}: {plan}", self.backend.description());
+        }
     }
 
     pub fn mode(&self) -> Mode {
@@ -243,6 +251,7 @@ impl Session {
         let lanes = self.sharers.iter().zip(sharer_tokens).map(|(model, &tokens)| self.lane(model, tokens));
         let sharers = lanes.collect::<Result<Vec<Lane>, Error>>()?;
         let o = &self.options;
+        self.log_memory("with a conversation's caches");
         Link::new(receiver, sharers, self.fusers.clone(), self.gates.clone(), o.multi_sharer, o.overlap)
     }
 

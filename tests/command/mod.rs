@@ -25,11 +25,17 @@ pub fn model(name: &str) -> String {
 
 /// Runs the binary in little memory: what allocates absurdly fails here.
 pub fn generate<S: AsRef<str>>(args: &[S]) -> Run {
+    generate_with(args, &[])
+}
+
+/// The same with environment variables.
+pub fn generate_with<S: AsRef<str>>(args: &[S], variables: &[(&str, &str)]) -> Run {
     let start = Instant::now();
     let output = Command::new("sh")
         .args(["-c", "ulimit -v 2000000; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_generate")])
         .args(args.iter().map(AsRef::as_ref))
         .env_remove("RUST_LOG")
+        .envs(variables.iter().copied())
         .output()
         .expect("the binary starts");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("output is UTF-8");

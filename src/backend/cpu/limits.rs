@@ -29,7 +29,7 @@ impl Limits {
         let f32_flops = rate(&mut team, simd, Kind::F32);
         Limits {
             f32_flops,
-            bf16_flops: if simd >= Simd::Avx512 { rate(&mut team, simd, Kind::Bf16) } else { f32_flops },
+            bf16_flops: if simd >= Simd::Avx512Bf16 { rate(&mut team, simd, Kind::Bf16) } else { f32_flops },
             int8_ops: rate(&mut team, simd, Kind::Int8),
             read_bytes: read_bandwidth(&mut team),
         }
@@ -64,12 +64,12 @@ fn loop_of(simd: Simd, kind: Kind) -> usize {
     // SAFETY: `simd` was detected on this processor, and each function needs no more than its level.
     unsafe {
         match (simd, kind) {
-            (Simd::Avx512, Kind::F32) => return x86::f32_avx512(),
-            (Simd::Avx512, Kind::Bf16) => return x86::bf16_avx512(),
-            (Simd::Avx512, Kind::Int8) => return x86::int8_avx512(),
+            (Simd::Avx512Bf16, Kind::Bf16) => return x86::bf16_avx512(),
+            (Simd::Avx512 | Simd::Avx512Bf16, Kind::F32 | Kind::Bf16) => return x86::f32_avx512(),
+            (Simd::Avx512 | Simd::Avx512Bf16, Kind::Int8) => return x86::int8_avx512(),
             (Simd::Avx2, Kind::F32 | Kind::Bf16) => return x86::f32_avx2(),
             (Simd::Avx2, Kind::Int8) => return x86::int8_avx2(),
-            (Simd::Portable, _) => {}
+            _ => {}
         }
     }
     let (mut sums, factor) = ([1.0f32; 32], black_box(0.999f32));
@@ -81,8 +81,23 @@ fn loop_of(simd: Simd, kind: Kind) -> usize {
 }
 
 #[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64 as isa;
+
+    pub mod rates;
+}
+/// The source of `avx512` on instructions in software.
+#[cfg(all(test, target_arch = "x86_64"))]
+#[path = "limits/avx512"]
+mod soft512 {
+    use super::super::soft512 as isa;
+
+    pub mod rates;
+}
+
+#[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{LANES, STEPS};
+    use super::{LANES, STEPS, avx512::rates};
     use std::{arch::x86_64::*, hint::black_box};
 
     #[target_feature(enable = "avx2,fma")]
@@ -114,41 +129,22 @@ mod x86 {
 
     #[target_feature(enable = "avx512f")]
     pub(super) fn f32_avx512() -> usize {
-        let (a, b) = (_mm512_set1_ps(black_box(0.999)), _mm512_set1_ps(black_box(1e-3)));
-        let mut sums = [_mm512_set1_ps(1.0); LANES];
-        for _ in 0..STEPS {
-            for sum in &mut sums {
-                *sum = _mm512_fmadd_ps(*sum, a, b);
-            }
-        }
-        black_box(sums);
+        // SAFETY: the features are enabled here.
+        black_box(unsafe { rates::f32(STEPS) });
         16 * LANES * STEPS
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub(super) fn bf16_avx512() -> usize {
-        let a = _mm512_set1_ps(black_box(0.5));
-        let pairs = _mm512_cvtne2ps_pbh(a, a);
-        let mut sums = [_mm512_set1_ps(1.0); LANES];
-        for _ in 0..STEPS {
-            for sum in &mut sums {
-                *sum = _mm512_dpbf16_ps(*sum, pairs, pairs);
-            }
-        }
-        black_box(sums);
+        // SAFETY: the features are enabled here.
+        black_box(unsafe { rates::bf16(STEPS) });
         32 * LANES * STEPS
     }
 
     #[target_feature(enable = "avx512f,avx512vnni")]
     pub(super) fn int8_avx512() -> usize {
-        let a = _mm512_set1_epi8(black_box(3));
-        let mut sums = [_mm512_set1_epi32(1); LANES];
-        for _ in 0..STEPS {
-            for sum in &mut sums {
-                *sum = _mm512_dpbusd_epi32(*sum, a, a);
-            }
-        }
-        black_box(sums);
+        // SAFETY: the features are enabled here.
+        black_box(unsafe { rates::int8(STEPS) });
         64 * LANES * STEPS
     }
 }
@@ -176,4 +172,25 @@ fn read_bandwidth(team: &mut Team) -> f64 {
         best = best.max(BYTES as f64 / start.elapsed().as_secs_f64());
     }
     best
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::{super::Simd, LANES, soft512::rates};
+
+    /// A unit that met infinities or subnormal numbers might take longer, or give up early.
+    #[test]
+    fn the_loops_stay_among_ordinary_numbers() {
+        if Simd::detect() < Simd::Avx2 {
+            return eprintln!("skipped: AVX2, which this CPU lacks");
+        }
+        // SAFETY: AVX2 is there, all that instructions in software need.
+        let (f32, bf16, int8) = unsafe { (rates::f32(2000), rates::bf16(2000), rates::int8(2000)) };
+        assert_eq!(f32.len(), LANES);
+        for lane in f32.iter().flat_map(|sum| sum.0) {
+            assert!((lane - 1.0).abs() < 1e-3, "{lane}");
+        }
+        assert!(bf16.iter().flat_map(|sum| sum.0).all(|lane| lane == 1.0 + 2000.0 / 2.0));
+        assert!(int8.iter().flat_map(|sum| sum.0).all(|lane| lane == 1 + 2000 * 4 * 9));
+    }
 }

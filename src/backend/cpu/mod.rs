@@ -10,7 +10,11 @@ mod memory;
 mod pointwise;
 mod rope;
 mod simd;
+#[cfg(all(test, target_arch = "x86_64"))]
+mod soft512;
 mod team;
+#[cfg(test)]
+mod tests;
 
 pub use executor::{Event, Graph, Schedule};
 pub use limits::Limits;
@@ -41,7 +45,7 @@ impl Cpu {
     pub fn with(threads: usize, simd: Simd, schedule: Schedule) -> Arc<Cpu> {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = if threads == 0 { cores } else { threads };
-        Arc::new(Cpu { executor: Executor::new(threads, schedule), simd: simd.min(Simd::detect()), threads })
+        Arc::new(Cpu { executor: Executor::new(threads, schedule), simd: simd.or_detected(), threads })
     }
 
     fn allocate(dtype: DType, dims: &[usize], what: &str) -> Result<Tensor, Error> {
@@ -67,6 +71,10 @@ impl Backend for Cpu {
 
     fn threads(&self) -> usize {
         self.threads
+    }
+
+    fn memory_plan(&self) -> Option<String> {
+        None
     }
 
     fn activation_dtype(&self, _: Precision) -> DType {

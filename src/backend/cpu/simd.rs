@@ -9,8 +9,13 @@ pub enum Simd {
     Portable,
     /// AVX2, FMA and F16C.
     Avx2,
-    /// AVX-512 F, BW, DQ, VL, VNNI and BF16.
+    /// AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
+    /// The same and AVX512-BF16.
+    Avx512Bf16,
+    /// The kernels of [`Simd::Avx512Bf16`] on the instructions of `soft512`; all else as with AVX2.
+    #[cfg(test)]
+    Soft512,
 }
 
 impl Simd {
@@ -25,8 +30,10 @@ impl Simd {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512vnni")
-                && is_x86_feature_detected!("avx512bf16");
+                && is_x86_feature_detected!("avx512vnni");
+            if avx2 && avx512 && is_x86_feature_detected!("avx512bf16") {
+                return Simd::Avx512Bf16;
+            }
             if avx2 && avx512 {
                 return Simd::Avx512;
             }
@@ -35,6 +42,26 @@ impl Simd {
             }
         }
         Simd::Portable
+    }
+
+    /// This level where the processor has it, else the best that it has.
+    pub(super) fn or_detected(self) -> Simd {
+        #[cfg(test)]
+        if Simd::testable().contains(&self) {
+            return self;
+        }
+        self.min(Simd::detect())
+    }
+
+    /// What tests run: the levels of this processor, and AVX-512 in software.
+    #[cfg(test)]
+    pub(super) fn testable() -> Vec<Simd> {
+        let all = [Simd::Portable, Simd::Avx2, Simd::Avx512, Simd::Avx512Bf16];
+        let mut levels: Vec<Simd> = all.into_iter().filter(|&level| level <= Simd::detect()).collect();
+        if Simd::detect() >= Simd::Avx2 {
+            levels.push(Simd::Soft512);
+        }
+        levels
     }
 }
 
@@ -63,7 +90,9 @@ macro_rules! vectorized {
                 $crate::backend::cpu::Simd::Avx2 => unsafe { avx2($($arg),*) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
-                $crate::backend::cpu::Simd::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::backend::cpu::Simd::Avx512 | $crate::backend::cpu::Simd::Avx512Bf16 => unsafe {
+                    avx512($($arg),*)
+                },
                 _ => portable($($arg),*),
             }
         }
@@ -77,6 +106,9 @@ impl fmt::Display for Simd {
             Simd::Portable => "portable",
             Simd::Avx2 => "AVX2",
             Simd::Avx512 => "AVX-512",
+            Simd::Avx512Bf16 => "AVX-512 with BF16",
+            #[cfg(test)]
+            Simd::Soft512 => "AVX-512 in software",
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Attention over pages: kernels/attention_prefill.cu and attention_decode.cu.
 
-use super::{Launch, launch::KernelArgs};
+use super::{Launch, dtype_code, launch::KernelArgs};
 use crate::{
     backend::DType,
     ops::{AttentionOperands, AttentionParams, Pass},
@@ -28,6 +28,8 @@ pub(super) struct AttentionArgs {
     window: u32,
     scale: f32,
     soft_cap: f32,
+    q_dtype: u32,
+    kv_dtype: u32,
 }
 
 // SAFETY: twin of `AttentionArgs` in kernels/attention.cuh.
@@ -40,12 +42,13 @@ unsafe impl KernelArgs for AttentionArgs {}
 pub(super) fn paged_attention(
     p: AttentionParams,
     o: &AttentionOperands,
+    processors: u32,
 ) -> (Launch, Option<Launch>, AttentionArgs) {
     let block_size = o.pages.block_size() as u32;
     assert!(block_size.is_power_of_two(), "paged_attention: blocks of {block_size} slots");
     assert!(p.scale > 0.0, "paged_attention: a scale of {}", p.scale);
     let splits = most_splits(p.max_blocks * block_size, p.window);
-    let (first, second) = launches(p, splits, o.q.dtype(), o.pages.keys.dtype());
+    let (first, second) = launches(p, splits, o.q.dtype(), o.pages.keys.dtype(), processors);
     let args = AttentionArgs {
         q: o.q.address(),
         keys: o.pages.keys.address(),
@@ -66,6 +69,8 @@ pub(super) fn paged_attention(
         window: p.window,
         scale: p.scale,
         soft_cap: p.soft_cap,
+        q_dtype: dtype_code(o.q.dtype()),
+        kv_dtype: dtype_code(o.pages.keys.dtype()),
     };
     (first, second, args)
 }
@@ -84,24 +89,29 @@ fn most_splits(context: u32, window: u32) -> u32 {
     keys.div_ceil(128).min(32).max(keys.div_ceil(1024))
 }
 
-/// The launches for operands of these types.
-pub(super) fn launches(p: AttentionParams, splits: u32, q: DType, pages: DType) -> (Launch, Option<Launch>) {
+/// The launches for operands of these types, on a card of so many multiprocessors.
+pub(super) fn launches(
+    p: AttentionParams,
+    splits: u32,
+    q: DType,
+    pages: DType,
+    processors: u32,
+) -> (Launch, Option<Launch>) {
     assert!(p.head_dim <= 256 && p.head_dim.is_multiple_of(2), "paged_attention: heads of {}", p.head_dim);
-    let kernels = Kernels::of(&p, q, pages);
+    let kernels = Kernels::of(&p, q, pages, processors);
     let group = p.heads / p.kv_heads;
     if p.pass == Pass::Prefill {
         // Each sequence may have a tile that is not full: see `QueryTile`.
         let tiles = p.tokens * group / kernels.rows + p.sequences;
         let Kernels { prefill: kernel, prefill_shared: shared, .. } = kernels;
-        return (Launch { kernel, grid: (tiles, p.kv_heads, 1), block: 128, shared }, None);
+        return (Launch { kernel, grid: (tiles * p.kv_heads, 1, 1), block: 128, shared }, None);
     }
     let Kernels { decode: kernel, decode_warps, decode_shared: shared, .. } = kernels;
     let parts = group.div_ceil(kernels.heads);
     let grid = (splits, p.kv_heads * parts, p.sequences);
-    let combine = if q == DType::Bf16 { "attention_combine_bf16" } else { "attention_combine_f32" };
     (
         Launch { kernel, grid, block: 32 * decode_warps, shared },
-        Some(Launch { kernel: combine, grid: (p.heads, p.sequences, 1), block: 128, shared: 0 }),
+        Some(Launch { kernel: "attention_combine", grid: (p.heads, p.sequences, 1), block: 128, shared: 0 }),
     )
 }
 
@@ -118,39 +128,47 @@ struct Kernels {
 }
 
 impl Kernels {
-    fn of(p: &AttentionParams, q: DType, pages: DType) -> Kernels {
+    fn of(p: &AttentionParams, q: DType, pages: DType, processors: u32) -> Kernels {
         // Queries are copied 16 bytes at a time; pages lie so that they can be if this is so.
         let aligned = p.q_stride.is_multiple_of(8);
-        let (prefill, decode) = match (q, pages, p.head_dim) {
-            (DType::Bf16, DType::Bf16, 16) if aligned => {
-                ("attention_prefill_16_bf16", "attention_decode_16_bf16")
-            }
-            (DType::Bf16, DType::Bf16, 32) if aligned => {
-                ("attention_prefill_32_bf16", "attention_decode_32_bf16")
-            }
-            (DType::Bf16, DType::Bf16, 64) if aligned => {
-                ("attention_prefill_64_bf16", "attention_decode_64_bf16")
-            }
-            (DType::Bf16, DType::Bf16, 96) if aligned => {
-                ("attention_prefill_96_bf16", "attention_decode_96_bf16")
-            }
-            (DType::Bf16, DType::Bf16, 128) if aligned => {
-                ("attention_prefill_128_bf16", "attention_decode_128_bf16")
-            }
-            (DType::Bf16, DType::Bf16, 256) if aligned => {
-                ("attention_prefill_256_bf16", "attention_decode_256_bf16")
-            }
-            _ => return Kernels::plain(p, q, pages),
+        if q != DType::Bf16 || pages != DType::Bf16 || !aligned {
+            return Kernels::plain(p);
+        }
+        let (prefill, long, decode) = match p.head_dim {
+            16 => ("attention_prefill_16_bf16", None, "attention_decode_16_bf16"),
+            32 => ("attention_prefill_32_bf16", None, "attention_decode_32_bf16"),
+            64 => (
+                "attention_prefill_64_bf16",
+                Some("attention_prefill_64_long_bf16"),
+                "attention_decode_64_bf16",
+            ),
+            96 => (
+                "attention_prefill_96_bf16",
+                Some("attention_prefill_96_long_bf16"),
+                "attention_decode_96_bf16",
+            ),
+            128 => (
+                "attention_prefill_128_bf16",
+                Some("attention_prefill_128_long_bf16"),
+                "attention_decode_128_bf16",
+            ),
+            256 => ("attention_prefill_256_bf16", None, "attention_decode_256_bf16"),
+            _ => return Kernels::plain(p),
         };
-        // Twins of `Layout` and `Decode`: tiles of keys, values and queries; queries and two stages of 16 keys and
-        // values a warp.
+        // Tiles of 128 rows, where two a multiprocessor can be had. No bit of a result depends on it.
+        let (prefill, rows) = match long {
+            Some(long) if p.tokens * p.heads >= 2 * 128 * processors => (long, 128),
+            _ => (prefill, 64),
+        };
+        // Twins of `Layout` and `Decode`: queries and two tiles of keys and values; queries and for each warp two
+        // stages of 16 keys and values.
         let row = 2 * p.head_dim;
-        let keys = if p.head_dim <= 128 { 64 } else { 32 };
+        let keys = if p.head_dim <= 64 { 64 } else { 32 };
         let decode_warps = if p.head_dim <= 128 { 4 } else { 2 };
         Kernels {
             prefill,
-            rows: 64,
-            prefill_shared: (2 * keys + 64) * row,
+            rows,
+            prefill_shared: (rows + 2 * 2 * keys) * row,
             decode,
             decode_warps,
             heads: 16,
@@ -159,28 +177,10 @@ impl Kernels {
     }
 
     /// Without tensor cores.
-    fn plain(p: &AttentionParams, q: DType, pages: DType) -> Kernels {
-        let (prefill, decode) = match (q, pages, p.head_dim <= 128) {
-            (DType::Bf16, DType::Bf16, true) => {
-                ("attention_prefill_plain_128_bf16_bf16", "attention_decode_plain_128_bf16_bf16")
-            }
-            (DType::Bf16, DType::Bf16, false) => {
-                ("attention_prefill_plain_256_bf16_bf16", "attention_decode_plain_256_bf16_bf16")
-            }
-            (DType::Bf16, _, true) => {
-                ("attention_prefill_plain_128_bf16_f32", "attention_decode_plain_128_bf16_f32")
-            }
-            (DType::Bf16, _, false) => {
-                ("attention_prefill_plain_256_bf16_f32", "attention_decode_plain_256_bf16_f32")
-            }
-            (_, DType::Bf16, true) => {
-                ("attention_prefill_plain_128_f32_bf16", "attention_decode_plain_128_f32_bf16")
-            }
-            (_, DType::Bf16, false) => {
-                ("attention_prefill_plain_256_f32_bf16", "attention_decode_plain_256_f32_bf16")
-            }
-            (_, _, true) => ("attention_prefill_plain_128_f32_f32", "attention_decode_plain_128_f32_f32"),
-            (_, _, false) => ("attention_prefill_plain_256_f32_f32", "attention_decode_plain_256_f32_f32"),
+    fn plain(p: &AttentionParams) -> Kernels {
+        let (prefill, decode) = match p.head_dim {
+            ..=128 => ("attention_prefill_plain_128", "attention_decode_plain_128"),
+            _ => ("attention_prefill_plain_256", "attention_decode_plain_256"),
         };
         Kernels { prefill, rows: 32, prefill_shared: 0, decode, decode_warps: 4, heads: 8, decode_shared: 0 }
     }

@@ -132,11 +132,6 @@ impl Cuda {
         format!("cuda:{}", self.ordinal)
     }
 
-    /// What memory is held for.
-    pub fn plan(&self) -> String {
-        self.arena.plan()
-    }
-
     /// Multiprocessors of the device.
     pub fn processors(&self) -> u32 {
         self.processors
@@ -198,6 +193,12 @@ impl Backend for Cuda {
 
     fn threads(&self) -> usize {
         1
+    }
+
+    fn memory_plan(&self) -> Option<String> {
+        let (free, total) = self.context.mem_get_info().unwrap_or_default();
+        let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+        Some(format!("{}; {:.1} of {:.1} MiB are free", self.arena.plan(), mib(free), mib(total)))
     }
 
     fn activation_dtype(&self, precision: Precision) -> DType {
@@ -371,7 +372,7 @@ impl Backend for Cuda {
     }
 
     fn paged_attention(&self, queue: usize, p: ops::AttentionParams, operands: &ops::AttentionOperands) {
-        let (launch, combine, args) = attention::paged_attention(p, operands);
+        let (launch, combine, args) = attention::paged_attention(p, operands, self.processors);
         self.launch(queue, &launch, &args);
         if let Some(combine) = combine {
             self.launch(queue, &combine, &args);

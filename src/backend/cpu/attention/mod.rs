@@ -5,10 +5,24 @@
 //! head, whose partial results the task that ends last combines. How a query's keys are cut and summed depends on its
 //! own sequence alone, so its result has the same bits whatever the threads and the company.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64 as isa;
+
+    pub mod vector;
+}
 mod decode;
 mod plan;
 mod portable;
 mod prefill;
+/// The source of `avx512` on instructions in software.
+#[cfg(all(test, target_arch = "x86_64"))]
+#[path = "avx512"]
+mod soft512 {
+    use super::super::soft512 as isa;
+
+    pub mod vector;
+}
 #[cfg(test)]
 mod tests;
 mod vector;
@@ -74,7 +88,11 @@ impl Kernels {
         match simd {
             Simd::Portable => None,
             Simd::Avx2 => Some(kernels!(vector::Avx2, "avx2,fma")),
-            Simd::Avx512 => Some(kernels!(vector::Avx512, "avx2,fma,avx512f,avx512dq")),
+            Simd::Avx512 | Simd::Avx512Bf16 => {
+                Some(kernels!(avx512::vector::Avx512, "avx2,fma,avx512f,avx512dq"))
+            }
+            #[cfg(test)]
+            Simd::Soft512 => Some(kernels!(soft512::vector::Avx512, "avx2,fma")),
         }
     }
 

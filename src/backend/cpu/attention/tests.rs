@@ -1,6 +1,6 @@
 //! Every width against f64, over odd sizes, with outliers, and pages whose unused slots are NaN.
 
-use super::{Kernels, Simd, Team, portable, run, vector::Emulated};
+use super::{Kernels, Simd, Team, portable, run};
 use crate::{
     backend::{DType, Tensor, cpu::Cpu},
     ops::{AttentionOperands, AttentionParams, KvPages, Pass},
@@ -188,23 +188,9 @@ impl Case {
 }
 
 /// All widths that this machine can run.
-fn widths() -> Vec<(&'static str, Kernels)> {
-    use super::{Vector, decode, prefill};
-    let emulated = Kernels {
-        lanes: Emulated::LANES,
-        prefill: prefill::prefill::<Emulated>,
-        decode: decode::decode::<Emulated>,
-        combine: decode::combine::<Emulated>,
-    };
-    let mut widths = vec![("emulated", emulated)];
-    for (name, simd) in [("AVX2", Simd::Avx2), ("AVX-512", Simd::Avx512)] {
-        if simd <= Simd::detect() {
-            widths.extend(Kernels::of(simd).map(|kernels| (name, kernels)));
-        } else {
-            eprintln!("skipped: {name}, which this CPU lacks");
-        }
-    }
-    widths
+fn widths() -> Vec<(Simd, Kernels)> {
+    let levels = Simd::testable().into_iter();
+    levels.filter_map(|simd| Some((simd, Kernels::of(simd)?))).collect()
 }
 
 fn errors(found: &[f32], exact: &[f64]) -> (f64, f64) {
@@ -321,6 +307,20 @@ fn threads_and_company_leave_no_trace() {
                 row += sequence.0;
             }
         }
+    }
+}
+
+/// Where the processor has what the software level stands for.
+#[test]
+fn software_gives_the_bits_of_the_processor() {
+    if Simd::detect() < Simd::Avx512 {
+        return eprintln!("skipped: AVX-512, which this CPU lacks");
+    }
+    for soft_cap in [0.0, 20.0] {
+        let shape = Shape { heads: 6, kv_heads: 2, dim: 80, soft_cap, dtype: DType::Bf16, ..PLAIN };
+        let case = case(shape, &[(150, 150), (1, 1100), (7, 90)], &[3, 1, 4]);
+        let [ours, theirs] = [Simd::Soft512, Simd::Avx512].map(|simd| case.result(2, Kernels::of(simd)));
+        assert_eq!(ours, theirs, "soft cap {soft_cap}");
     }
 }
 

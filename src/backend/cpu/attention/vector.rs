@@ -68,7 +68,7 @@ impl PageElement for bf16 {
 }
 
 /// `2^r` on [−½, ½]: a minimax polynomial, highest power first, the last coefficient being 1.
-const EXP2: [f32; 6] =
+pub(super) const EXP2: [f32; 6] =
     [1.535_336_2e-4, 1.339_887_5e-3, 9.618_437e-3, 5.550_332_4e-2, 0.240_226_48, std::f32::consts::LN_2];
 
 /// tanh as a ratio of minimax polynomials in x², highest power first (the fit of Eigen's `ptanh`).
@@ -121,9 +121,10 @@ macro_rules! methods {
         })*
     };
 }
+pub(super) use methods;
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{Avx2, Avx512};
+pub(super) use x86::Avx2;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -133,11 +134,7 @@ mod x86 {
 
     /// Eight lanes; needs AVX2 and FMA.
     #[derive(Clone, Copy)]
-    pub(in super::super) struct Avx2(__m256);
-
-    /// Sixteen lanes; needs AVX-512 F and DQ beside AVX2.
-    #[derive(Clone, Copy)]
-    pub(in super::super) struct Avx512(__m512);
+    pub(in super::super) struct Avx2(pub(in super::super) __m256);
 
     impl Vector for Avx2 {
         const LANES: usize = 8;
@@ -196,121 +193,14 @@ mod x86 {
             fn prefetch(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
     }
-
-    impl Vector for Avx512 {
-        const LANES: usize = 16;
-
-        methods! {
-            fn splat(x: f32) -> Self { Avx512(_mm512_set1_ps(x)) }
-            fn load(from: *const f32) -> Self { Avx512(_mm512_loadu_ps(from)) }
-            fn load_bf16(from: *const bf16) -> Self {
-                let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves)))
-            }
-            fn store(self: Self, to: *mut f32) -> () { _mm512_storeu_ps(to, self.0) }
-            fn add(self: Self, b: Self) -> Self { Avx512(_mm512_add_ps(self.0, b.0)) }
-            fn mul(self: Self, b: Self) -> Self { Avx512(_mm512_mul_ps(self.0, b.0)) }
-            fn div(self: Self, b: Self) -> Self { Avx512(_mm512_div_ps(self.0, b.0)) }
-            fn min(self: Self, b: Self) -> Self { Avx512(_mm512_min_ps(b.0, self.0)) }
-            fn max(self: Self, b: Self) -> Self { Avx512(_mm512_max_ps(b.0, self.0)) }
-            fn mul_add(self: Self, b: Self, c: Self) -> Self { Avx512(_mm512_fmadd_ps(self.0, b.0, c.0)) }
-            fn exp2(self: Self) -> Self {
-                let lowest = _mm512_set1_ps(-126.0);
-                let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, lowest);
-                let x = _mm512_max_ps(lowest, self.0);
-                let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
-                let r = _mm512_sub_ps(x, n);
-                let mut poly = _mm512_set1_ps(EXP2[0]);
-                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[1]));
-                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[2]));
-                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[3]));
-                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[4]));
-                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(EXP2[5]));
-                poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(1.0));
-                Avx512(_mm512_maskz_scalef_ps(normal, poly, n))
-            }
-            fn keep_within(self: Self, at: Self, first: Self, last: Self) -> Self {
-                let from = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(at.0, first.0);
-                let both = _mm512_mask_cmp_ps_mask::<_CMP_LE_OQ>(from, at.0, last.0);
-                Avx512(_mm512_mask_blend_ps(both, _mm512_set1_ps(f32::NEG_INFINITY), self.0))
-            }
-            fn sums(of: [Self; 4]) -> [f32; 4] {
-                let [a, b, c, d] = of;
-                Avx2::sums([fold(a), fold(b), fold(c), fold(d)])
-            }
-            fn prefetch(at: *const u8) -> () { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
-        }
-    }
-
-    /// Adds the upper half to the lower.
-    #[inline(always)]
-    unsafe fn fold(x: Avx512) -> Avx2 {
-        // SAFETY: as of `Vector`, which only `Avx512::sums` calls this under.
-        unsafe { Avx2(_mm256_add_ps(_mm512_castps512_ps256(x.0), _mm512_extractf32x8_ps::<1>(x.0))) }
-    }
-}
-
-/// Sixteen lanes in plain Rust: lets any machine test the kernels at the width of AVX-512.
-#[cfg(test)]
-#[derive(Clone, Copy)]
-pub(super) struct Emulated([f32; 16]);
-
-#[cfg(test)]
-impl Emulated {
-    fn zip(self, b: Self, f: impl Fn(f32, f32) -> f32) -> Self {
-        Emulated(std::array::from_fn(|i| f(self.0[i], b.0[i])))
-    }
-}
-
-#[cfg(test)]
-impl Vector for Emulated {
-    const LANES: usize = 16;
-
-    methods! {
-        fn load(from: *const f32) -> Self { Emulated(from.cast::<[f32; 16]>().read_unaligned()) }
-        fn load_bf16(from: *const bf16) -> Self {
-            Emulated(from.cast::<[bf16; 16]>().read_unaligned().map(PageElement::widen))
-        }
-        fn store(self: Self, to: *mut f32) -> () { to.cast::<[f32; 16]>().write_unaligned(self.0) }
-    }
-
-    unsafe fn splat(x: f32) -> Self {
-        Emulated([x; 16])
-    }
-    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-        Emulated(std::array::from_fn(|i| self.0[i].mul_add(b.0[i], c.0[i])))
-    }
-    unsafe fn keep_within(self, at: Self, first: Self, last: Self) -> Self {
-        let within = |i: usize| first.0[i] <= at.0[i] && at.0[i] <= last.0[i];
-        Emulated(std::array::from_fn(|i| if within(i) { self.0[i] } else { f32::NEG_INFINITY }))
-    }
-    unsafe fn sums(of: [Self; 4]) -> [f32; 4] {
-        of.map(|v| v.0.iter().sum())
-    }
-    unsafe fn add(self, b: Self) -> Self {
-        self.zip(b, |a, b| a + b)
-    }
-    unsafe fn mul(self, b: Self) -> Self {
-        self.zip(b, |a, b| a * b)
-    }
-    unsafe fn div(self, b: Self) -> Self {
-        self.zip(b, |a, b| a / b)
-    }
-    unsafe fn min(self, b: Self) -> Self {
-        self.zip(b, f32::min)
-    }
-    unsafe fn max(self, b: Self) -> Self {
-        self.zip(b, f32::max)
-    }
-    unsafe fn exp2(self) -> Self {
-        Emulated(self.0.map(f32::exp2))
-    }
-    unsafe fn prefetch(_at: *const u8) {}
 }
 
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
-    use super::*;
+    use super::{
+        super::{avx512, soft512},
+        *,
+    };
     use crate::backend::cpu::Simd;
 
     /// The last lane of `2^x` and of `tanh(x)`.
@@ -334,7 +224,13 @@ mod tests {
     #[target_feature(enable = "avx2,fma,avx512f,avx512dq")]
     fn avx512(x: f32) -> (f32, f32) {
         // SAFETY: the features are enabled here.
-        unsafe { both::<Avx512>(x) }
+        unsafe { both::<avx512::vector::Avx512>(x) }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn soft512(x: f32) -> (f32, f32) {
+        // SAFETY: the features are enabled here.
+        unsafe { both::<soft512::vector::Avx512>(x) }
     }
 
     fn keeps_its_digits(both: impl Fn(f32) -> (f32, f32)) {
@@ -356,15 +252,16 @@ mod tests {
 
     #[test]
     fn exp2_and_tanh_keep_their_digits() {
-        if Simd::detect() < Simd::Avx2 {
-            return eprintln!("skipped: AVX2, which this CPU lacks");
+        for simd in Simd::testable() {
+            match simd {
+                Simd::Portable => {}
+                // SAFETY: this CPU has the level.
+                Simd::Avx2 => keeps_its_digits(|x| unsafe { avx2(x) }),
+                // SAFETY: as above.
+                Simd::Avx512 | Simd::Avx512Bf16 => keeps_its_digits(|x| unsafe { avx512(x) }),
+                // SAFETY: as above; it needs AVX2.
+                Simd::Soft512 => keeps_its_digits(|x| unsafe { soft512(x) }),
+            }
         }
-        // SAFETY: just checked.
-        keeps_its_digits(|x| unsafe { avx2(x) });
-        if Simd::detect() < Simd::Avx512 {
-            return eprintln!("skipped: AVX-512, which this CPU lacks");
-        }
-        // SAFETY: just checked.
-        keeps_its_digits(|x| unsafe { avx512(x) });
     }
 }

@@ -1,17 +1,28 @@
 //! Many tokens by float weights: f32 panels, and on AVX-512 bf16 panels.
 
+#[cfg(test)]
+use super::soft512;
 use super::{
     super::Simd,
+    avx512::float,
     gemm::{Blocking, Output, Tile, blocked},
     pack::{F32_SLICE, FloatScratch, ROWS, Rows, with_scratch},
 };
 use std::{arch::x86_64::*, ops::Range};
 
-/// Calls `$kernel::<M>` with the constant `M` = `$count`.
+/// Calls `$kernel::<M>` with the constant `M` = `$count`; `$soft::<M>` if `$simd` is the software level of tests.
 macro_rules! with_count {
     ($count:expr, [$($m:literal)*], $kernel:ident, $args:tt) => {
         match $count { $($m => $kernel::<$m> $args,)* other => unreachable!("a tile of {other} tokens") }
     };
+    ($count:expr, $m:tt, $simd:ident, $kernel:ident or $($soft:ident)::+, $args:tt) => {{
+        #[cfg(test)]
+        if $simd == $crate::backend::cpu::Simd::Soft512 {
+            use $($soft)::+ as soft;
+            return with_count!($count, $m, soft, $args);
+        }
+        with_count!($count, $m, $kernel, $args)
+    }};
 }
 pub(super) use with_count;
 
@@ -30,7 +41,7 @@ pub(super) unsafe fn gemm_f32(
     output: Output,
 ) {
     assert!(x_stride >= cols && x.len() >= tokens.end * x_stride);
-    if simd == Simd::Avx512 {
+    if simd >= Simd::Avx512 {
         let b = Blocking { lanes: 32, tile: 8, tokens: 120, slice: F32_SLICE };
         with_scratch(|scratch: &mut FloatScratch<32, { ROWS / 32 }>| {
             let pack = |s: &mut FloatScratch<32, _>, panel, at| s.pack_f32(panel, simd, rows, at);
@@ -38,7 +49,10 @@ pub(super) unsafe fn gemm_f32(
                 let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * x_stride + t.k..]);
                 // SAFETY: the caller has AVX-512; the panel holds `n` columns, `x` `count` rows from here, `y` a tile.
                 unsafe {
-                    with_count!(t.count, [1 2 3 4 5 6 7 8], tile_avx512, (t.n, x.as_ptr(), x_stride, w, t.y, t.stride))
+                    with_count!(
+                        t.count, [1 2 3 4 5 6 7 8], simd, tile_avx512 or soft512::float::tile,
+                        (t.n, x.as_ptr(), x_stride, w, t.y, t.stride)
+                    )
                 }
             };
             // SAFETY: says the caller.
@@ -118,7 +132,7 @@ unsafe fn tile_avx2<const M: usize>(
     }
 }
 
-/// `y[M, 32] += x[M, n] · panel[n, 32]`.
+/// [`float::tile`] with the instructions that it needs.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn tile_avx512<const M: usize>(
     n: usize,
@@ -128,41 +142,17 @@ unsafe fn tile_avx512<const M: usize>(
     y: *mut f32,
     y_stride: usize,
 ) {
-    let mut acc = [[_mm512_setzero_ps(); 2]; M];
-    prefetch::<M>(y, y_stride);
-    // SAFETY: the caller vouches for M rows of x and y and n columns of the panel.
-    unsafe {
-        for i in 0..n {
-            let w = [_mm512_load_ps(panel.add(32 * i)), _mm512_load_ps(panel.add(32 * i + 16))];
-            for t in 0..M {
-                let v = _mm512_set1_ps(*x.add(t * x_stride + i));
-                acc[t][0] = _mm512_fmadd_ps(v, w[0], acc[t][0]);
-                acc[t][1] = _mm512_fmadd_ps(v, w[1], acc[t][1]);
-            }
-        }
-        add_avx512(&acc, y, y_stride);
-    }
-}
-
-#[target_feature(enable = "avx512f")]
-pub(super) unsafe fn add_avx512<const M: usize>(acc: &[[__m512; 2]; M], y: *mut f32, y_stride: usize) {
-    for (t, acc) in acc.iter().enumerate() {
-        for (half, acc) in acc.iter().enumerate() {
-            // SAFETY: the caller vouches for M rows of 32.
-            unsafe {
-                let y = y.add(t * y_stride + 16 * half);
-                _mm512_storeu_ps(y, _mm512_add_ps(_mm512_loadu_ps(y), *acc));
-            }
-        }
-    }
+    // SAFETY: passed on.
+    unsafe { float::tile::<M>(n, x, x_stride, panel, y, y_stride) }
 }
 
 /// `y[tokens, rows] += x · Wᵀ` from bf16 weights and inputs, summed in f32; `x` is `[tokens, pairs]` of two bf16 each,
 /// rows `x_stride` apart.
 ///
 /// # Safety
-/// As [`gemm_f32`], with AVX-512.
+/// As [`gemm_f32`], with AVX512-BF16.
 pub(super) unsafe fn gemm_bf16(
+    simd: Simd,
     rows: Rows,
     range: Range<usize>,
     tokens: Range<usize>,
@@ -173,13 +163,16 @@ pub(super) unsafe fn gemm_bf16(
     assert!(x_stride >= cols.div_ceil(2) && x.len() >= tokens.end * x_stride);
     let b = Blocking { lanes: 32, tile: 8, tokens: 120, slice: 2 * F32_SLICE };
     with_scratch(|scratch: &mut FloatScratch<32, { ROWS / 32 }>| {
-        let pack = |s: &mut FloatScratch<32, _>, panel, at| s.pack_bf16(panel, Simd::Avx512, rows, at);
+        let pack = |s: &mut FloatScratch<32, _>, panel, at| s.pack_bf16(panel, simd, rows, at);
         let tile = |s: &FloatScratch<32, _>, t: Tile| {
             let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * x_stride + t.k / 2..]);
             let n = t.n.div_ceil(2);
-            // SAFETY: the caller has AVX-512; the panel holds `n` columns, `x` `count` rows from here, `y` a tile.
+            // SAFETY: the caller has AVX512-BF16; the panel holds `n` columns, `x` `count` rows from here, `y` a tile.
             unsafe {
-                with_count!(t.count, [1 2 3 4 5 6 7 8], tile_bf16, (n, x.as_ptr(), x_stride, w, t.y, t.stride))
+                with_count!(
+                    t.count, [1 2 3 4 5 6 7 8], simd, tile_bf16 or soft512::float::tile_bf16,
+                    (n, x.as_ptr(), x_stride, w, t.y, t.stride)
+                )
             }
         };
         // SAFETY: says the caller.
@@ -187,30 +180,16 @@ pub(super) unsafe fn gemm_bf16(
     })
 }
 
-/// `y[M, 32] += x[M, n] · panel[n, 32]` in pairs of bf16.
+/// [`float::tile_bf16`] with the instructions that it needs.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn tile_bf16<const M: usize>(
     n: usize,
     x: *const u32,
     x_stride: usize,
-    panel: *const __m512i,
+    panel: *const u32,
     y: *mut f32,
     y_stride: usize,
 ) {
-    let mut acc = [[_mm512_setzero_ps(); 2]; M];
-    prefetch::<M>(y, y_stride);
-    // SAFETY: the caller vouches for M rows of x and y and n columns of the panel; both vector types are 64 plain
-    // bytes.
-    unsafe {
-        let pairs = |v: __m512i| std::mem::transmute::<__m512i, __m512bh>(v);
-        for i in 0..n {
-            let w = [_mm512_load_si512(panel.add(2 * i)), _mm512_load_si512(panel.add(2 * i + 1))];
-            for t in 0..M {
-                let v = pairs(_mm512_set1_epi32(*x.add(t * x_stride + i) as i32));
-                acc[t][0] = _mm512_dpbf16_ps(acc[t][0], v, pairs(w[0]));
-                acc[t][1] = _mm512_dpbf16_ps(acc[t][1], v, pairs(w[1]));
-            }
-        }
-        add_avx512(&acc, y, y_stride);
-    }
+    // SAFETY: passed on.
+    unsafe { float::tile_bf16::<M>(n, x, x_stride, panel, y, y_stride) }
 }

@@ -4,10 +4,13 @@
 //! `min` times the scaled sum of the inputs is added beside it. AVX2 multiplies bytes in pairs into i16; how many of
 //! those an i16 can add up before it is widened depends on the largest level: 8 pairs of 15 · 127 · 2, 4 of 31, 2 of 63.
 
+#[cfg(test)]
+use super::soft512;
 use super::{
     super::Simd,
+    avx512::int8,
     gemm::{Blocking, Output, Tile, blocked},
-    gemm_f32::{add_avx512, prefetch, with_count},
+    gemm_f32::{prefetch, with_count},
     levels::{Form, GROUP, SLICE, Width},
     pack::{IntPanel, IntScratch, ROWS, Rows, with_scratch},
     quantize::Activations,
@@ -33,7 +36,7 @@ pub(super) unsafe fn gemm_int8(
 ) {
     assert!(x.tokens() >= tokens.end);
     let cols = x.cols();
-    if simd == Simd::Avx512 {
+    if simd >= Simd::Avx512 {
         let b = Blocking { lanes: 32, tile: 6, tokens: 120, slice: SLICE };
         with_scratch(|scratch: &mut IntScratch<32, { ROWS / 32 }>| {
             let pack = |s: &mut IntScratch<32, _>, panel, at| s.pack(panel, simd, rows, at);
@@ -43,9 +46,15 @@ pub(super) unsafe fn gemm_int8(
                 // SAFETY: the caller has AVX-512; `input` has `count` rows, the panel `n` columns, `y` a tile.
                 unsafe {
                     if form.halves {
-                        with_count!(t.count, [1 2 3 4 5 6], halves_avx512, (input, panel, t.y, t.stride))
+                        with_count!(
+                            t.count, [1 2 3 4 5 6], simd, halves_avx512 or soft512::int8::halves,
+                            (input, panel, t.y, t.stride)
+                        )
                     } else {
-                        with_count!(t.count, [1 2 3 4 5 6], groups_avx512, (input, panel, t.y, t.stride))
+                        with_count!(
+                            t.count, [1 2 3 4 5 6], simd, groups_avx512 or soft512::int8::groups,
+                            (input, panel, t.y, t.stride)
+                        )
                     }
                 }
             };
@@ -78,13 +87,13 @@ pub(super) unsafe fn gemm_int8(
 
 /// Some groups of consecutive tokens, as pointers to the first.
 #[derive(Clone, Copy)]
-struct Input {
-    groups: usize,
-    q: *const i8,
+pub(super) struct Input {
+    pub groups: usize,
+    pub q: *const i8,
     /// Elements from one token to the next.
-    stride: usize,
-    pair: *const [f32; 2],
-    half_sum: *const f32,
+    pub stride: usize,
+    pub pair: *const [f32; 2],
+    pub half_sum: *const f32,
 }
 
 impl Input {
@@ -231,82 +240,16 @@ unsafe fn tile_avx2_of<const M: usize, const QUADS: usize, const HALVES: bool, c
     }
 }
 
-/// `M` tokens by 32 rows.
+/// [`int8::tile`] with the instructions that it needs, for formats without half groups.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn groups_avx512<const M: usize>(x: Input, panel: &IntPanel<32>, y: *mut f32, y_stride: usize) {
     // SAFETY: passed on.
-    unsafe { tile_avx512::<M, false>(x, panel, y, y_stride) }
+    unsafe { int8::groups::<M>(x, panel, y, y_stride) }
 }
 
-/// `M` tokens by 32 rows of a format with half groups.
+/// The same for formats with half groups.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn halves_avx512<const M: usize>(x: Input, panel: &IntPanel<32>, y: *mut f32, y_stride: usize) {
     // SAFETY: passed on.
-    unsafe { tile_avx512::<M, true>(x, panel, y, y_stride) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn tile_avx512<const M: usize, const HALVES: bool>(
-    x: Input,
-    panel: &IntPanel<32>,
-    y: *mut f32,
-    y_stride: usize,
-) {
-    let mut acc = [[_mm512_setzero_ps(); 2]; M];
-    prefetch::<M>(y, y_stride);
-    // SAFETY: the caller vouches for M rows of `x.groups` groups, as many in the panel, and a tile of y.
-    unsafe {
-        let (levels, scale) = (panel.q.as_ptr().cast::<__m512i>(), panel.scale.as_ptr().cast::<f32>());
-        let (sub, min) = (panel.sub.as_ptr().cast::<__m512i>(), panel.min.as_ptr().cast::<f32>());
-        for g in 0..x.groups {
-            let mut sum = [[_mm512_setzero_si512(); 2]; M];
-            for half in 0..2 {
-                let mut part = [[_mm512_setzero_si512(); 2]; M];
-                if !HALVES {
-                    part = sum;
-                }
-                for quad in 4 * half..4 * half + 4 {
-                    let at = levels.add(2 * (8 * g + quad));
-                    let w = [_mm512_load_si512(at), _mm512_load_si512(at.add(1))];
-                    for t in 0..M {
-                        let q = x.q.add(t * x.stride + GROUP * g + 4 * quad).cast::<i32>();
-                        let v = _mm512_set1_epi32(q.read_unaligned());
-                        for i in 0..2 {
-                            part[t][i] = _mm512_dpbusd_epi32(part[t][i], w[i], v);
-                        }
-                    }
-                }
-                for t in 0..M {
-                    for i in 0..2 {
-                        sum[t][i] = if HALVES {
-                            let sub = _mm512_load_si512(sub.add(2 * (2 * g + half) + i));
-                            _mm512_add_epi32(sum[t][i], _mm512_mullo_epi32(part[t][i], sub))
-                        } else {
-                            part[t][i]
-                        };
-                    }
-                }
-            }
-            for i in 0..2 {
-                let scale = _mm512_load_ps(scale.add(32 * g + 16 * i));
-                for t in 0..M {
-                    let pair = &*x.pair.add(t * (x.stride / GROUP) + g);
-                    let factor = _mm512_mul_ps(scale, _mm512_set1_ps(pair[0]));
-                    acc[t][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[t][i]), factor, acc[t][i]);
-                    if HALVES {
-                        let sums = x.half_sum.add(2 * (t * (x.stride / GROUP) + g));
-                        for h in 0..2 {
-                            let min = _mm512_load_ps(min.add(32 * (2 * g + h) + 16 * i));
-                            acc[t][i] = _mm512_fmadd_ps(min, _mm512_set1_ps(*sums.add(h)), acc[t][i]);
-                        }
-                    } else {
-                        let min = _mm512_load_ps(min.add(32 * g + 16 * i));
-                        acc[t][i] = _mm512_fmadd_ps(min, _mm512_set1_ps(pair[1]), acc[t][i]);
-                    }
-                }
-            }
-        }
-        add_avx512(&acc, y, y_stride);
-    }
+    unsafe { int8::halves::<M>(x, panel, y, y_stride) }
 }

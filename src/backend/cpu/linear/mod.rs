@@ -13,6 +13,14 @@
 // Kernels walk several arrays of vectors by one constant range.
 #![allow(clippy::needless_range_loop)]
 
+/// The kernels of AVX-512. They are inlined into functions that have the instructions.
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64 as isa;
+
+    pub mod float;
+    pub mod int8;
+}
 #[cfg(target_arch = "x86_64")]
 mod dots_avx2;
 mod gemm;
@@ -25,8 +33,18 @@ mod gemv_quant;
 mod levels;
 mod pack;
 mod quantize;
+/// The same source on instructions in software.
+#[cfg(all(test, target_arch = "x86_64"))]
+#[path = "avx512"]
+mod soft512 {
+    use super::super::soft512 as isa;
+
+    pub mod float;
+    pub mod int8;
+}
 #[cfg(test)]
-mod tests;
+#[cfg(test)]
+pub(super) mod tests;
 
 use super::{
     Simd, pointwise,
@@ -90,7 +108,9 @@ impl Method {
         match precision {
             Precision::Fast if dtype.is_quantized() && panels => Method::IntPanels,
             Precision::Fast if dtype.is_quantized() => Method::IntRows,
-            Precision::Fast if dtype == DType::Bf16 && panels && simd == Simd::Avx512 => Method::Bf16Panels,
+            Precision::Fast if dtype == DType::Bf16 && panels && simd >= Simd::Avx512Bf16 => {
+                Method::Bf16Panels
+            }
             _ if panels => Method::F32Panels,
             _ => Method::FloatRows,
         }
@@ -277,7 +297,7 @@ unsafe fn run(
             #[cfg(target_arch = "x86_64")]
             (Method::Bf16Panels, _) => {
                 let x = (&inputs.bf16[..], apart(cols.div_ceil(2)));
-                gemm_f32::gemm_bf16(part.matrix, rows, tokens, x, cols, output)
+                gemm_f32::gemm_bf16(simd, part.matrix, rows, tokens, x, cols, output)
             }
             #[cfg(target_arch = "x86_64")]
             (Method::IntPanels, Some(form)) => {

@@ -166,7 +166,7 @@ pub(super) fn unpack(simd: Simd, dtype: DType, blocks: &[u8], out: &mut Levels) 
     match simd {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the level says that the processor has AVX2.
-        Simd::Avx2 | Simd::Avx512 => unsafe { unpack_avx2(dtype, blocks, out) },
+        _ if simd >= Simd::Avx2 => unsafe { unpack_avx2(dtype, blocks, out) },
         _ => levels::unpack(dtype, blocks, out),
     }
 }
@@ -182,7 +182,7 @@ pub(super) fn to_f32(simd: Simd, dtype: DType, bytes: &[u8], out: &mut [f32]) {
     match simd {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the level says that the processor has AVX2.
-        Simd::Avx2 | Simd::Avx512 => unsafe { to_f32_avx2(dtype, bytes, out) },
+        _ if simd >= Simd::Avx2 => unsafe { to_f32_avx2(dtype, bytes, out) },
         _ => to_f32_any(dtype, bytes, out),
     }
 }

@@ -62,7 +62,7 @@ impl Activations {
             match simd {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the level says that the processor has AVX2.
-                Simd::Avx2 | Simd::Avx512 => unsafe { groups_avx2(x, q, pair, sum, half_sum) },
+                _ if simd >= Simd::Avx2 => unsafe { groups_avx2(x, q, pair, sum, half_sum) },
                 _ => quantize_groups(x, q, pair, sum, half_sum),
             }
         });

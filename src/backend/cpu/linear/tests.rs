@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// xorshift: the same numbers on every run.
-pub(super) struct Random(pub u64);
+pub(in crate::backend::cpu) struct Random(pub u64);
 
 impl Random {
     pub fn bits(&mut self) -> u64 {
@@ -36,7 +36,12 @@ fn factors(dtype: DType) -> &'static [usize] {
 }
 
 /// Random weights of any format; block formats with random bits and sensible factors.
-pub(super) fn random_matrix(random: &mut Random, dtype: DType, rows: usize, cols: usize) -> Tensor {
+pub(in crate::backend::cpu) fn random_matrix(
+    random: &mut Random,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+) -> Tensor {
     let tensor = tensor(dtype, rows, cols);
     let bytes = tensor.host_bytes_mut();
     if dtype.is_quantized() {
@@ -72,11 +77,6 @@ pub(super) fn random_input(random: &mut Random, tokens: usize, cols: usize) -> V
     x
 }
 
-fn levels_here() -> Vec<Simd> {
-    let levels = [Simd::Portable, Simd::Avx2, Simd::Avx512];
-    levels.into_iter().filter(|&level| level <= Simd::detect()).collect()
-}
-
 /// Exact products `[tokens, rows]` of the dequantised weights, and the sum of the magnitudes of what was added up.
 fn reference(x: &[f32], tokens: usize, weight: &Weight) -> (Vec<f64>, Vec<f64>) {
     let cols = weight.cols();
@@ -110,6 +110,11 @@ fn rounded(x: &[f32], cols: usize) -> Vec<f32> {
     (0..x.len() / cols).flat_map(token).collect()
 }
 
+/// `x` as the bf16 paths see it.
+fn rounded_to_bf16(x: &[f32]) -> Vec<f32> {
+    x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect()
+}
+
 #[derive(Clone, Copy)]
 struct Case {
     simd: Simd,
@@ -128,9 +133,9 @@ fn compute(case: &Case, x: &[f32], tokens: usize, weight: &Weight) -> Vec<f32> {
 
 const PASSES: [Pass; 2] = [Pass::Prefill, Pass::Decode];
 
-/// On every level of this machine, as both passes.
+/// On every level that this machine can run, as both passes.
 fn everywhere() -> impl Iterator<Item = (Simd, Pass)> {
-    levels_here().into_iter().flat_map(|simd| PASSES.map(|pass| (simd, pass)))
+    Simd::testable().into_iter().flat_map(|simd| PASSES.map(|pass| (simd, pass)))
 }
 
 const FORMATS: [DType; 14] = [
@@ -169,6 +174,7 @@ fn compare(dtype: DType, rows: usize, cols: usize, tokens: usize) {
     let x = random_input(&mut random, tokens, cols);
     let exact = reference(&x, tokens, &weight);
     let integer = dtype.is_quantized().then(|| reference(&rounded(&x, cols), tokens, &weight));
+    let bf16 = (dtype == DType::Bf16).then(|| reference(&rounded_to_bf16(&x), tokens, &weight));
     for (simd, pass) in everywhere() {
         for accumulate in [false, true] {
             let start = if accumulate { 0.5 } else { 0.0 };
@@ -177,13 +183,14 @@ fn compare(dtype: DType, rows: usize, cols: usize, tokens: usize) {
             check(&what, &compute(&case, &x, tokens, &weight), &exact, start, 2e-6);
             let case = Case { precision: Precision::Fast, ..case };
             let y = compute(&case, &x, tokens, &weight);
-            match &integer {
+            match (Method::of(simd, pass, Precision::Fast, dtype), &integer, &bf16) {
                 // Nothing but f32 rounding apart from exact arithmetic on the same int8 inputs. The levels' unsigned
                 // form adds and subtracts up to 16 times what the weights themselves would.
-                Some(integer) => check(&what, &y, integer, start, 1e-5),
-                // On AVX-512 bf16 weights meet inputs rounded to bf16.
-                None if dtype == DType::Bf16 && simd == Simd::Avx512 => check(&what, &y, &exact, start, 4e-3),
-                None => check(&what, &y, &exact, start, 2e-6),
+                (Method::IntRows | Method::IntPanels, Some(integer), _) => {
+                    check(&what, &y, integer, start, 1e-5)
+                }
+                (Method::Bf16Panels, _, Some(bf16)) => check(&what, &y, bf16, start, 2e-6),
+                _ => check(&what, &y, &exact, start, 2e-6),
             }
         }
     }
@@ -309,6 +316,27 @@ fn neither_threads_nor_neighbours_change_a_bit() {
     }
 }
 
+/// Where the processor has what the software level stands for.
+#[test]
+fn software_gives_the_bits_of_the_processor() {
+    if Simd::detect() < Simd::Avx512Bf16 {
+        return eprintln!("skipped: AVX-512 with BF16, which this CPU lacks");
+    }
+    let mut random = Random(17);
+    for dtype in FORMATS {
+        let cols = if dtype.is_quantized() { 768 } else { 775 };
+        let weight = Weight::new(random_matrix(&mut random, dtype, 97, cols));
+        let x = random_input(&mut random, 54, cols);
+        for precision in [Precision::F32, Precision::Fast] {
+            let [ours, theirs] = [Simd::Soft512, Simd::Avx512Bf16].map(|simd| {
+                let case = Case { simd, pass: Pass::Prefill, precision, threads: 2, accumulate: false };
+                compute(&case, &x, 54, &weight)
+            });
+            assert_eq!(ours, theirs, "{dtype}, {precision:?}");
+        }
+    }
+}
+
 #[test]
 fn a_not_a_number_shows_in_its_own_token_only() {
     let mut random = Random(13);
@@ -345,7 +373,7 @@ fn expansion_agrees_with_the_blocks() {
     for dtype in FORMATS {
         let matrix = random_matrix(&mut Random(23), dtype, 3, 768);
         let rows = Rows { dtype, bytes: matrix.host_bytes(), row_bytes: matrix.bytes() / 3 };
-        for simd in levels_here() {
+        for simd in Simd::testable() {
             let (mut ours, mut theirs) = (vec![0.0; 768], vec![0.0; 768]);
             pack::to_f32(simd, dtype, rows.row(2), &mut ours);
             blocks::row_to_f32(&matrix, 2, &mut theirs);

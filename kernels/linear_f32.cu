@@ -1,0 +1,167 @@
+// Linear maps in precision f32: out = x * W^T (+ bias) with plain multiply-adds, weights of any dtype expanded exactly.
+//
+// `linear_f32` is for many tokens: 64 tokens by 64 rows a block. `linear_row_f32` is for a few: a warp a row.
+// `linear_row_bf16` is the same with x in bf16: for what gemv.cu does not take, plain rows that don't begin at multiples
+// of 16 bytes and gate and up projections of two dtypes. The additions of one output are in one order, whatever the
+// other tokens and rows. Dtypes are data: the matrices of a launch may differ in them.
+#include "blocks.cuh"
+#include "parts.cuh"
+
+template <int CODE>
+__device__ __forceinline__ void elements8(const uint8_t* rows, uint32_t row, uint32_t column, uint32_t cols,
+                                          float (&out)[8]) {
+    using Format = Block<CODE>;
+    if constexpr (Format::LEN == 8) {
+        if (cols % 8 != 0) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                out[i] = column + i < cols ? load_float(rows, CODE, size_t(row) * cols + column + i) : 0.f;
+            }
+            return;
+        }
+    }
+    const size_t blocks = size_t(row) * (cols / Format::LEN) + column / Format::LEN;
+    Format::decode8(rows + blocks * Format::BYTES, column % Format::LEN, out);
+}
+
+// Columns column..column + 7 of row `row` as f32, zeros past the last. Rows of plain types may have any length.
+__device__ __forceinline__ void weights8(const Part& w, uint32_t row, uint32_t column, uint32_t cols,
+                                         float (&out)[8]) {
+    switch (w.dtype) {
+        case F32: return elements8<F32>(w.weights, row, column, cols, out);
+        case F16: return elements8<F16>(w.weights, row, column, cols, out);
+        case BF16: return elements8<BF16>(w.weights, row, column, cols, out);
+        case Q4_0: return elements8<Q4_0>(w.weights, row, column, cols, out);
+        case Q4_1: return elements8<Q4_1>(w.weights, row, column, cols, out);
+        case Q5_0: return elements8<Q5_0>(w.weights, row, column, cols, out);
+        case Q5_1: return elements8<Q5_1>(w.weights, row, column, cols, out);
+        case Q8_0: return elements8<Q8_0>(w.weights, row, column, cols, out);
+        case Q2_K: return elements8<Q2_K>(w.weights, row, column, cols, out);
+        case Q3_K: return elements8<Q3_K>(w.weights, row, column, cols, out);
+        case Q4_K: return elements8<Q4_K>(w.weights, row, column, cols, out);
+        case Q5_K: return elements8<Q5_K>(w.weights, row, column, cols, out);
+        case Q6_K: return elements8<Q6_K>(w.weights, row, column, cols, out);
+        case IQ4_NL: return elements8<IQ4_NL>(w.weights, row, column, cols, out);
+    }
+}
+template <int X>
+__device__ __forceinline__ void x8(const PartsArgs& a, uint32_t token, uint32_t column, float (&out)[8]) {
+    elements8<X>(static_cast<const uint8_t*>(a.x), token, column, a.cols, out);
+}
+
+// Tiles of shared memory are [depth, 64]: element (k, i) is at 64 k + (i ^ k / 8 * 8), so that neither the stores, eight
+// k's of one i a thread, nor the loads, four i's of one k, meet in a bank.
+constexpr unsigned SIDE = 64, DEPTH = 32, THREADS = 256, EACH = 4;
+static_assert(SIDE * DEPTH == THREADS * 8 && SIDE * SIDE == THREADS * EACH * EACH);
+
+__device__ __forceinline__ void store_tile(float (&tile)[DEPTH][SIDE], unsigned i, unsigned k, const float (&v)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) tile[k + j][i ^ k] = v[j];
+}
+__device__ __forceinline__ float4 load_tile(const float (&tile)[DEPTH][SIDE], unsigned k, unsigned i) {
+    return *reinterpret_cast<const float4*>(&tile[k][i ^ k / 8 * 8]);
+}
+
+// Row i of a block's 64: of a GLU, gate and up in turn.
+extern "C" __global__ void __launch_bounds__(THREADS, 4) linear_f32(const __grid_constant__ PartsArgs a) {
+    __shared__ __align__(16) float tiles[2][DEPTH][SIDE];
+    auto &w_tile = tiles[0], &x_tile = tiles[1];
+    const bool glu = a.epilogue == GLU;
+    const Part w = part(a, blockIdx.z), up = part(a, 1);
+    const uint32_t rows_each = glu ? SIDE / 2 : SIDE, first_row = blockIdx.x * rows_each, first_token = blockIdx.y * SIDE;
+    if (first_row >= w.rows) return;
+    // What this thread brings: eight columns of one row and one token.
+    const unsigned i = threadIdx.x / (DEPTH / 8), k = threadIdx.x % (DEPTH / 8) * 8;
+    const Part source = part(a, glu ? i % 2 : blockIdx.z);
+    const uint32_t row = first_row + (glu ? i / 2 : i), token = first_token + i;
+    // What it computes: four rows of four tokens.
+    const unsigned r = threadIdx.x % (SIDE / EACH) * EACH, t = threadIdx.x / (SIDE / EACH) * EACH;
+    float sums[EACH][EACH] = {};
+    for (uint32_t column = 0; column < a.cols; column += DEPTH) {
+        float v[8] = {};
+        if (row < w.rows && column + k < a.cols) weights8(source, row, column + k, a.cols, v);
+        float u[8] = {};
+        if (token < a.tokens && column + k < a.cols) x8<F32>(a, token, column + k, u);
+        __syncthreads();
+        store_tile(w_tile, i, k, v);
+        store_tile(x_tile, i, k, u);
+        __syncthreads();
+#pragma unroll 8
+        for (unsigned d = 0; d < DEPTH; ++d) {
+            const float4 w4 = load_tile(w_tile, d, r), x4 = load_tile(x_tile, d, t);
+            const float ws[EACH] = {w4.x, w4.y, w4.z, w4.w}, xs[EACH] = {x4.x, x4.y, x4.z, x4.w};
+#pragma unroll
+            for (unsigned y = 0; y < EACH; ++y) {
+#pragma unroll
+                for (unsigned x = 0; x < EACH; ++x) sums[y][x] = fmaf(xs[y], ws[x], sums[y][x]);
+            }
+        }
+    }
+    // Through shared memory, [tokens, rows], so that neighbours write neighbours.
+    static_assert(sizeof(tiles) == SIDE * SIDE * sizeof(float));
+    float* result = &tiles[0][0][0];
+    __syncthreads();
+#pragma unroll
+    for (unsigned y = 0; y < EACH; ++y) {
+        const float4 quad = make_float4(sums[y][0], sums[y][1], sums[y][2], sums[y][3]);
+        *reinterpret_cast<float4*>(result + (t + y) * SIDE + r) = quad;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (unsigned at = threadIdx.x; at < SIDE * rows_each; at += THREADS) {
+        const unsigned local_token = at / rows_each, local = at % rows_each;
+        const uint32_t to = first_row + local;
+        if (to >= w.rows || first_token + local_token >= a.tokens) continue;
+        const float* sum = result + local_token * SIDE + local * (glu ? 2 : 1);
+        float y = sum[0] + w.bias(to);
+        if (glu) y = activate(a.activation, y) * (sum[1] + up.bias(to));
+        put(a, size_t(first_token + local_token) * a.out_stride + w.column + to, y);
+    }
+}
+
+constexpr unsigned WARPS = 4, TOKENS = 4;
+
+// A warp has one row, of a gated linear unit of both matrices, and four tokens; of tokens past the last: the last.
+template <int X> __device__ __forceinline__ void linear_row(const PartsArgs& a) {
+    const Part w = part(a, blockIdx.z);
+    const uint32_t row = blockIdx.x * WARPS + threadIdx.x / WARP, token = blockIdx.y * TOKENS;
+    const unsigned lane = threadIdx.x % WARP;
+    if (row >= w.rows) return;
+    // Of lane t: the outputs of token t.
+    float y = 0.f;
+#pragma unroll 1
+    for (unsigned p = 0; p < (a.epilogue == GLU ? 2 : 1); ++p) {
+        const Part of = part(a, blockIdx.z + p);
+        float sums[TOKENS] = {};
+#pragma unroll 1
+        for (uint32_t column = lane * 8; column < a.cols; column += WARP * 8) {
+            float v[8];
+            weights8(of, row, column, a.cols, v);
+#pragma unroll
+            for (unsigned t = 0; t < TOKENS; ++t) {
+                float x[8];
+                x8<X>(a, min(token + t, a.tokens - 1), column, x);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sums[t] = fmaf(v[i], x[i], sums[t]);
+            }
+        }
+        float mine = 0.f;
+#pragma unroll
+        for (unsigned t = 0; t < TOKENS; ++t) {
+            const float sum = warp_sum(sums[t]);
+            if (lane == t) mine = sum;
+        }
+        mine += of.bias(row);
+        y = p == 0 ? mine : activate(a.activation, y) * mine;
+    }
+    if (lane < TOKENS && token + lane < a.tokens) {
+        put(a, size_t(token + lane) * a.out_stride + w.column + row, y);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * WARP) linear_row_f32(const __grid_constant__ PartsArgs a) {
+    linear_row<F32>(a);
+}
+extern "C" __global__ void __launch_bounds__(WARPS * WARP) linear_row_bf16(const __grid_constant__ PartsArgs a) {
+    linear_row<BF16>(a);
+}

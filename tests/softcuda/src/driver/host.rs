@@ -1,0 +1,106 @@
+//! The host's side: what it has waited for, and its page-locked memory.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+
+use super::clock::{Clock, Stamp};
+use super::machine::DEVICES;
+use super::queue::device_of;
+
+/// What the host has seen end, by device. One clock for all its threads: how they order themselves among
+/// each other is not seen here, and a race is reported only where there is one for certain.
+static KNOWN: LazyLock<Vec<Mutex<Clock>>> =
+    LazyLock::new(|| (0..DEVICES).map(|_| Mutex::default()).collect());
+
+/// Page-locked buffers by address.
+static PINNED: Mutex<BTreeMap<usize, Arc<Pinned>>> = Mutex::new(BTreeMap::new());
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What operations enqueued now on the device start after.
+pub fn known(ordinal: u8) -> Clock {
+    lock(&KNOWN[ordinal as usize]).clone()
+}
+
+/// The host has waited for all this, which operations of the device and of those it dealt with are part of.
+pub fn learn(ordinal: u8, past: &Clock) {
+    lock(&KNOWN[ordinal as usize]).merge(past);
+    let mut told = ordinal;
+    for other in past.marks().map(device_of).filter(|&other| other != ordinal) {
+        // Lanes are in the order of devices, so one device's come together.
+        if other != told {
+            lock(&KNOWN[other as usize]).merge(past);
+            told = other;
+        }
+    }
+}
+
+/// A page-locked host buffer. Its memory lives as long as an operation holds it, so a use after
+/// `cuMemFreeHost` is found and reported, not suffered.
+pub struct Pinned {
+    pub address: usize,
+    pub bytes: usize,
+    pub ordinal: u8,
+    pub context: u64,
+    layout: Layout,
+    freed: AtomicBool,
+    /// The operations that read or write it.
+    uses: Mutex<Clock>,
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: `alloc_zeroed` gave the address for this layout, and this is its only owner.
+        unsafe { dealloc(self.address as *mut u8, self.layout) }
+    }
+}
+
+impl Pinned {
+    /// A new buffer of `bytes` > 0, page-aligned; none if the host has no memory left.
+    pub fn allocate(bytes: usize, ordinal: u8, context: u64) -> Option<Arc<Pinned>> {
+        let layout = Layout::from_size_align(bytes, 4096).ok()?;
+        // SAFETY: `bytes` is not zero, as the caller checks.
+        let address = unsafe { alloc_zeroed(layout) } as usize;
+        if address == 0 {
+            return None;
+        }
+        let (freed, uses) = (AtomicBool::new(false), Mutex::default());
+        let buffer = Arc::new(Pinned { address, bytes, ordinal, context, layout, freed, uses });
+        lock(&PINNED).insert(address, buffer.clone());
+        Some(buffer)
+    }
+
+    /// The buffer that holds all of `[address, address + bytes)`.
+    pub fn around(address: usize, bytes: usize) -> Option<Arc<Pinned>> {
+        let table = lock(&PINNED);
+        let (_, buffer) = table.range(..=address).next_back()?;
+        (address - buffer.address + bytes <= buffer.bytes).then(|| buffer.clone())
+    }
+
+    pub fn note_use(&self, stamp: &Stamp) {
+        lock(&self.uses).add(stamp.mark);
+    }
+
+    pub fn is_freed(&self) -> bool {
+        self.freed.load(Ordering::Relaxed)
+    }
+
+    /// Takes the buffer that starts at `address` out of the table. Also says whether the host has waited
+    /// for every operation that uses it.
+    pub fn free(address: usize) -> Option<(Arc<Pinned>, bool)> {
+        let buffer = lock(&PINNED).remove(&address)?;
+        buffer.freed.store(true, Ordering::Relaxed);
+        let idle = lock(&buffer.uses).marks().all(|mark| known(device_of(mark)).knows(mark));
+        Some((buffer, idle))
+    }
+
+    /// The buffers of a context.
+    pub fn of_context(ordinal: u8, context: u64) -> Vec<Arc<Pinned>> {
+        let belongs = |buffer: &&Arc<Pinned>| buffer.ordinal == ordinal && buffer.context == context;
+        lock(&PINNED).values().filter(belongs).cloned().collect()
+    }
+}
