@@ -83,18 +83,20 @@ struct Keys {
     }
 };
 
-// Some consecutive rows of a sequence.
+// Some consecutive rows of a sequence, for one kv head.
 struct QueryTile {
+    uint32_t kv_head = 0;
     uint32_t sequence = 0;
     uint32_t token = 0;  // the sequence's first, in q
     uint32_t at = 0;     // its key index
     uint32_t row = 0, rows = 0;
 
     // The host knows the number of tokens but not whose they are: the grid has room for the tiles of any division into
-    // sequences, at most tokens * group / ROWS + sequences, and each block looks for its own. The last tiles, which
-    // have the most keys, start first. False if there is none.
+    // sequences, at most tokens * group / ROWS + sequences, times kv_heads, and each block looks for its own. The last
+    // tiles, which have the most keys, start first. False if there is none.
     template <uint32_t ROWS> __device__ bool find(const AttentionArgs& a, uint32_t group) {
-        uint32_t tile = gridDim.x - 1 - blockIdx.x;
+        uint32_t tile = (gridDim.x - 1 - blockIdx.x) / a.kv_heads;
+        kv_head = blockIdx.x % a.kv_heads;
         for (sequence = 0; sequence < a.sequences; ++sequence) {
             token = a.cu_q[sequence];
             const uint32_t tokens = a.cu_q[sequence + 1] - token;

@@ -30,16 +30,17 @@ struct Splits {
     }
 };
 
-// Partial results: sums of values `[sequences, splits, heads, head_dim]`, then `[sequences, splits, heads]` maxima of
+// Partial results: sums of values `[sequences, splits, heads, head_dim]`, then `[sequences, heads, splits]` maxima of
 // the exponents with the sums of exponentials under them.
 struct Partials {
-    float* sums;
-    float2* stats;
+    float* sums;    // of split 0; `stride` floats on, of the next
+    float2* stats;  // of split 0
+    size_t stride;
 
-    __device__ Partials(const AttentionArgs& a, uint32_t sequence, uint32_t split, uint32_t head) {
-        const size_t index = (size_t(sequence) * a.splits + split) * a.heads + head;
-        sums = a.partials + index * a.head_dim;
-        stats = reinterpret_cast<float2*>(a.partials + size_t(a.sequences) * a.splits * a.heads * a.head_dim) + index;
+    __device__ Partials(const AttentionArgs& a, uint32_t sequence, uint32_t head) : stride(size_t(a.heads) * a.head_dim) {
+        sums = a.partials + sequence * a.splits * stride + size_t(head) * a.head_dim;
+        stats = reinterpret_cast<float2*>(a.partials + a.sequences * a.splits * stride) +
+                (size_t(sequence) * a.heads + head) * a.splits;
     }
 };
 
@@ -76,14 +77,15 @@ __device__ __forceinline__ void merge(const AttentionArgs& a, const Share<ROWS, 
             weight[w] = exp2_approx(shares[w].top[row] - top);
             sum += weight[w] * shares[w].sum[row];
         }
-        const Partials to(a, sequence, blockIdx.x, head + row);
+        const Partials partials(a, sequence, head + row);
+        float* to = partials.sums + blockIdx.x * partials.stride;
         for (uint32_t d = threadIdx.x % WARP; d < a.head_dim; d += WARP) {
             float total = 0.f;
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) total += weight[w] * shares[w].sums[row][d];
-            to.sums[d] = total;
+            to[d] = total;
         }
-        if (threadIdx.x % WARP == 0) *to.stats = make_float2(top, sum);
+        if (threadIdx.x % WARP == 0) partials.stats[blockIdx.x] = make_float2(top, sum);
     }
 }
 
@@ -234,20 +236,32 @@ PLAIN(256)
 constexpr uint32_t COMBINE_THREADS = 128;
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
     attention_combine(const __grid_constant__ AttentionArgs a) {
-    const uint32_t head = blockIdx.x, sequence = blockIdx.y;
+    const uint32_t head = blockIdx.x, sequence = blockIdx.y, lane = threadIdx.x % WARP;
     const uint32_t count = Splits(a, sequence).count;
-    float top = -FLT_MAX;
-    for (uint32_t split = 0; split < count; ++split) top = fmaxf(top, Partials(a, sequence, split, head).stats->x);
-    for (uint32_t d = threadIdx.x; d < a.head_dim; d += COMBINE_THREADS) {
+    const Partials from(a, sequence, head);
+    // Each lane has every 32nd split's.
+    const auto stats_of = [&](uint32_t split) { return split < count ? from.stats[split] : make_float2(-FLT_MAX, 0.f); };
+    const float2 first = stats_of(lane);
+    float top = first.x;
+    for (uint32_t split = lane + WARP; split < count; split += WARP) top = fmaxf(top, from.stats[split].x);
+    top = warp_max(top);
+
+    // Whole warps, so that lanes can pass their splits' shares on.
+    for (uint32_t d = threadIdx.x; d - lane < a.head_dim; d += COMBINE_THREADS) {
         float total = 0.f, weight = 0.f;
-#pragma unroll 4
-        for (uint32_t split = 0; split < count; ++split) {
-            const Partials from(a, sequence, split, head);
-            const float2 stats = *from.stats;
+        for (uint32_t start = 0; start < count; start += WARP) {
+            const float2 stats = start == 0 ? first : stats_of(start + lane);
             const float share = exp2_approx(stats.x - top);
             weight += share * stats.y;
-            total += share * from.sums[d];
+            const float* sums = from.sums + start * from.stride + d;
+#pragma unroll 8
+            for (uint32_t j = 0; j < min(WARP, count - start); ++j) {
+                const float x = d < a.head_dim ? sums[j * from.stride] : 0.f;
+                total += __shfl_sync(FULL_MASK, share, j) * x;
+            }
         }
+        weight = warp_sum(weight);
+        if (d >= a.head_dim) continue;
         // No keys: a place of the batch that is not in use.
         const float mean = count > 0 ? total / weight : 0.f;
         store_float(a.out, a.q_dtype, (size_t(sequence) * a.heads + head) * a.head_dim + d, mean);

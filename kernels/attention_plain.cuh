@@ -63,9 +63,12 @@ template <int SLOTS> struct PlainRows {
     // `own`, at distances below the window.
     __device__ void attend(const AttentionArgs& a, const Exponent& exponent, const Keys& keys, uint32_t key,
                            uint32_t first, uint32_t end, uint32_t own, uint32_t window) {
+        const bool one_block = a.block_size >= PLAIN_KEYS;
+        const uint32_t block = block_of<PLAIN_KEYS>(keys, key, first, end);
         const auto row_of = [&](const void* pages, uint32_t key, float(&x)[SLOTS]) {
             const bool seen = first <= key && key < end;
-            load(x, pages, a.kv_dtype, seen ? keys.offset(keys.block(key), key, a.head_dim) : 0, seen, a.head_dim);
+            const size_t offset = seen ? keys.offset(one_block ? block : keys.block(key), key, a.head_dim) : 0;
+            load(x, pages, a.kv_dtype, offset, seen, a.head_dim);
         };
         float products[WARP];
 #pragma unroll

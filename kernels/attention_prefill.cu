@@ -1,7 +1,7 @@
 // Attention of any number of new tokens of each sequence, over pages: out = softmax(scale * Q K^T + mask) V, causal.
 // bf16 on tensor cores, and any type without; see attention.cuh for rows, tiles and why bits depend on neither.
 //
-// Grid (tiles, kv_heads), tiles = tokens * group / ROWS + sequences: see QueryTile. Keys and values come in tiles, the
+// Grid kv_heads * (tokens * group / ROWS + sequences): see QueryTile. Keys and values come in tiles, the
 // next one while the last is worked on.
 //
 // It must move q and out once, and for each tile of rows the keys and values it sees; 4 * head_dim operations a row and
@@ -76,10 +76,11 @@ template <int D, int M> __device__ __forceinline__ void prefill(const AttentionA
     extern __shared__ __align__(128) unsigned char shared[];
     const uint32_t memory = shared_address(shared);
     const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, mine = warp * 16 * M;
-    const uint32_t group = a.heads / a.kv_heads, kv_head = blockIdx.y;
+    const uint32_t group = a.heads / a.kv_heads;
 
     QueryTile tile;
     if (!tile.find<L::ROWS>(a, group)) return;
+    const uint32_t kv_head = tile.kv_head;
     const Keys keys(a, tile.sequence, kv_head);
 
     // What any row of the tile sees.
@@ -180,9 +181,10 @@ KERNEL(attention_prefill_128_long_bf16, 128, 2, 2)
 
 // Without tensor cores: each warp 8 rows, from their first key to their last.
 template <int SLOTS> __device__ __forceinline__ void prefill_plain(const AttentionArgs& a) {
-    const uint32_t group = a.heads / a.kv_heads, kv_head = blockIdx.y, lane = threadIdx.x % WARP;
+    const uint32_t group = a.heads / a.kv_heads, lane = threadIdx.x % WARP;
     QueryTile tile;
     if (!tile.find<WARPS * PLAIN_ROWS>(a, group)) return;
+    const uint32_t kv_head = tile.kv_head;
     const uint32_t row = tile.row + threadIdx.x / WARP * PLAIN_ROWS, rows_end = tile.row + tile.rows;
     if (row >= rows_end) return;
     const Keys keys(a, tile.sequence, kv_head);

@@ -29,6 +29,27 @@ __device__ __forceinline__ float load_float(const void* p, uint32_t dtype, size_
     return __bfloat162float(static_cast<const bf16*>(p)[i]);
 }
 
+// Elements i..i + n - 1, up to four, zeros for the others: one load where they are all there and lie so that it can be.
+__device__ __forceinline__ float4 load_float4(const void* p, uint32_t dtype, size_t i, unsigned n) {
+    const char* at = static_cast<const char*>(p) + i * (dtype == F32 ? 4 : 2);
+    if (n >= 4 && reinterpret_cast<uintptr_t>(at) % (dtype == F32 ? 16 : 8) == 0) {
+        if (dtype == F32) return *reinterpret_cast<const float4*>(at);
+        const uint2 words = *reinterpret_cast<const uint2*>(at);
+        if (dtype == F16) {
+            const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&words.x));
+            const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&words.y));
+            return make_float4(low.x, low.y, high.x, high.y);
+        }
+        return make_float4(__uint_as_float(words.x << 16), __uint_as_float(words.x & 0xffff0000u),
+                           __uint_as_float(words.y << 16), __uint_as_float(words.y & 0xffff0000u));
+    }
+    return make_float4(n > 0 ? load_float(p, dtype, i) : 0.f, n > 1 ? load_float(p, dtype, i + 1) : 0.f,
+                       n > 2 ? load_float(p, dtype, i + 2) : 0.f, n > 3 ? load_float(p, dtype, i + 3) : 0.f);
+}
+__device__ __forceinline__ float4 sum4(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
 // Two floats, the first in the low half, as mma operands and bf16 rows want them.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);

@@ -14,7 +14,8 @@ constexpr unsigned CHUNK = 2048, THREADS = 256, WARPS = THREADS / WARP, MAX_K = 
 
 // One row's parameters. `top_k` 0, `top_p` 1 and `min_p` 0 are off; `published`: top-p drops the token that crosses p.
 struct SampleRow {
-    uint64_t seed;
+    // Low and high half.
+    uint32_t seed[2];
     uint32_t choice, step;
     float temperature;
     uint32_t top_k;
@@ -32,6 +33,8 @@ struct Sampled {
     // The token drawn; of NOT_A_NUMBER: the first such logit.
     uint32_t token;
     uint32_t status;
+    // The most probable token, of equals the first.
+    uint32_t best;
 };
 
 struct SampleArgs {
@@ -86,7 +89,7 @@ __device__ __forceinline__ float weight(float x, float max, float temperature) {
 
 // rng.rs: the first uniform number in [0, 1) of (seed, Purpose::Sampling, choice, step), Philox4x32-10.
 __device__ __forceinline__ double uniform(const SampleRow& p) {
-    uint32_t c0 = 0, c1 = p.step, c2 = p.choice, c3 = 0, k0 = uint32_t(p.seed), k1 = p.seed >> 32;
+    uint32_t c0 = 0, c1 = p.step, c2 = p.choice, c3 = 0, k0 = p.seed[0], k1 = p.seed[1];
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
         const uint32_t a = __umulhi(0xd2511f53u, c0), b = __umulhi(0xcd9e8d57u, c2);
@@ -207,7 +210,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_sums(const __grid_c
 // top-k is off. One thread: the host's additions in the host's order. `a.k` is returned if that takes more tokens.
 __device__ __forceinline__ unsigned draw_ranked(const SampleArgs& a, const SampleRow& p, const float* weights,
                                                 unsigned count, double total, double u) {
-    if (p.top_k != 0 && p.top_k < a.vocab) {
+    const bool by_k = p.top_k != 0 && p.top_k < a.vocab;
+    if (by_k) {
         if (p.top_k > a.k) return a.k;
         count = min(count, p.top_k);
         total = 0;
@@ -224,7 +228,7 @@ __device__ __forceinline__ unsigned draw_ranked(const SampleArgs& a, const Sampl
             if (p.published ? sum > limit : sum >= limit) break;
         }
         if (crossing < count) count = p.published ? max(crossing, 1u) : crossing + 1;
-        else if (p.top_k == 0 && count == a.k) return a.k;
+        else if (!by_k && count == a.k) return a.k;
     }
     // Ranked weights fall: min-p takes from the end.
     while (count > 0 && weights[count - 1] < p.min_p) --count;
@@ -320,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_draw(const __gri
     nan = block_reduce(nan, nan_scratch, smaller);
     out.sum = block_reduce(sum, sum_scratch, plus);
     out.max = best ? key_logit(best) : -INFINITY;
-    out.token = key_id(best);
+    out.token = out.best = key_id(best);
 
     if (a.k > 0) {
         // The best so far, then as many of the chunks' as there is place for; again until all were there.
@@ -355,12 +359,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_draw(const __gri
             if (a.sums) out.token = draw_any(a, p, out.max, u);
             else out.status = NEEDS_HOST;
         } else {
-            // Shared memory need not be set past the row's last possible token.
-            unsigned count = 0;
-            for (unsigned i = threadIdx.x; i < a.k; i += THREADS) {
-                count = a.k <= a.vocab && keys[i] ? 1 : 0;
-                if (count) weights[i] = weight(key_logit(keys[i]), out.max, p.temperature);
-            }
+            static_assert(MAX_K <= THREADS);
+            const unsigned i = threadIdx.x;
+            const bool possible = i < a.k && keys[i] != 0;
+            if (possible) weights[i] = weight(key_logit(keys[i]), out.max, p.temperature);
+            const unsigned count = __syncthreads_count(possible);
             double total = 0;
             if (a.sums) {
                 for (uint32_t i = threadIdx.x; i < a.chunks; i += THREADS) {
@@ -368,7 +371,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_draw(const __gri
                 }
             }
             total = block_reduce(total, sum_scratch, plus);
-            count = __syncthreads_count(count);
             if (threadIdx.x == 0) {
                 const unsigned drawn = draw_ranked(a, p, weights, count, total, u);
                 if (drawn < a.k) out.token = key_id(keys[drawn]);

@@ -110,13 +110,16 @@ pub struct FuseExtent {
     pub source_width: usize,
     pub target_width: usize,
     pub kv_heads: usize,
+    /// FFN blocks of a projector, all of them.
+    pub ffns: usize,
 }
 
 impl FuseExtent {
     pub fn new(p: &Projector, source_width: usize, target_width: usize, kv_heads: usize) -> FuseExtent {
         let stage = p.source_stage.as_ref().map_or(0, |stage| stage.input.rows());
         let (hidden, inner) = (p.hidden(), p.inner());
-        FuseExtent { layers: 0, tokens: 0, hidden, inner, stage, source_width, target_width, kv_heads }
+        let ffns = 1 + usize::from(stage > 0) + usize::from(p.scalar.is_some()) + p.blocks.len();
+        FuseExtent { layers: 0, tokens: 0, hidden, inner, stage, source_width, target_width, kv_heads, ffns }
     }
 }
 

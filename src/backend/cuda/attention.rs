@@ -104,7 +104,7 @@ pub(super) fn launches(
         // Each sequence may have a tile that is not full: see `QueryTile`.
         let tiles = p.tokens * group / kernels.rows + p.sequences;
         let Kernels { prefill: kernel, prefill_shared: shared, .. } = kernels;
-        return (Launch { kernel, grid: (tiles, p.kv_heads, 1), block: 128, shared }, None);
+        return (Launch { kernel, grid: (tiles * p.kv_heads, 1, 1), block: 128, shared }, None);
     }
     let Kernels { decode: kernel, decode_warps, decode_shared: shared, .. } = kernels;
     let parts = group.div_ceil(kernels.heads);

@@ -80,7 +80,13 @@ impl Harness {
     ///
     /// # Errors
     /// The first thing that is wrong with the launch or the kernel.
-    pub fn launch(&mut self, module: &Module, kernel: &str, shape: Shape, params: &[u8]) -> Result<Counts, Fault> {
+    pub fn launch(
+        &mut self,
+        module: &Module,
+        kernel: &str,
+        shape: Shape,
+        params: &[u8],
+    ) -> Result<Counts, Fault> {
         let key = std::ptr::from_ref(module).addr();
         if !self.variables.contains_key(&key) {
             let op = self.op("load module");

@@ -117,11 +117,7 @@ impl Format {
             significand << -shift
         } else {
             let (kept, rest, half) = match shift {
-                1..=127 => (
-                    significand >> shift,
-                    significand & ((1 << shift) - 1),
-                    1u128 << (shift - 1),
-                ),
+                1..=127 => (significand >> shift, significand & ((1 << shift) - 1), 1u128 << (shift - 1)),
                 _ => (0, 1, 2),
             };
             let up = match rounding {
@@ -136,11 +132,8 @@ impl Format {
         // `kept` has at most mantissa + 2 bits; as a sum the carry moves into the exponent by itself.
         let biased = (place - least) as u64;
         let hidden = 1u64 << self.mantissa;
-        let magnitude = if kept as u64 >= hidden {
-            (biased << self.mantissa) + kept as u64
-        } else {
-            kept as u64
-        };
+        let magnitude =
+            if kept as u64 >= hidden { (biased << self.mantissa) + kept as u64 } else { kept as u64 };
         if magnitude >= self.infinity() {
             let to_infinity = match rounding {
                 Rounding::Nearest | Rounding::Away => true,
@@ -269,7 +262,11 @@ pub fn extreme(mode: Mode, a: u64, b: u64, larger: bool, propagate: bool) -> u64
         (false, true) if !propagate => a,
         (true, false) | (false, true) => format.nan(),
         (false, false) => {
-            if (order(format, a) > order(format, b)) == larger { a } else { b }
+            if (order(format, a) > order(format, b)) == larger {
+                a
+            } else {
+                b
+            }
         }
     };
     mode.finish(result)

@@ -1,7 +1,7 @@
 //! Loads, stores and asynchronous copies: where an address lies, and what a warp's accesses cost.
 
-use super::fault::{Access, Problem};
 use super::Grid;
+use super::fault::{Access, Problem};
 use super::warp::{Copy, Outcome, Runner, Warp, each};
 use crate::arith::integer::{mask, signed};
 use crate::counters::Traffic;
@@ -49,12 +49,24 @@ impl Runner<'_, '_> {
         let size = self.shared.bytes.len();
         if address.checked_add(bytes as u64).is_none_or(|end| end > size as u64) {
             let nearest = format!("the block has {size} bytes");
-            return Err(Problem::OutOfBounds { access, space: "shared", address, bytes: bytes as u64, nearest });
+            return Err(Problem::OutOfBounds {
+                access,
+                space: "shared",
+                address,
+                bytes: bytes as u64,
+                nearest,
+            });
         }
         Ok(address as usize)
     }
 
-    pub fn read_shared(&mut self, address: u64, used: u32, lane: usize, to: &mut [u8]) -> Result<(), Problem> {
+    pub fn read_shared(
+        &mut self,
+        address: u64,
+        used: u32,
+        lane: usize,
+        to: &mut [u8],
+    ) -> Result<(), Problem> {
         let at = self.shared_range(address, to.len(), Access::Read)?;
         let by = accessor(self.grid, self.block, self.shared.time, self.warp, lane);
         let shared = &mut *self.shared;
@@ -66,13 +78,20 @@ impl Runner<'_, '_> {
         Ok(())
     }
 
-    pub fn write_shared(&mut self, address: u64, from: &[u8], lane: usize, atomic: bool) -> Result<(), Problem> {
+    pub fn write_shared(
+        &mut self,
+        address: u64,
+        from: &[u8],
+        lane: usize,
+        atomic: bool,
+    ) -> Result<(), Problem> {
         let access = if atomic { Access::Atomic } else { Access::Write };
         let at = self.shared_range(address, from.len(), access)?;
         let by = accessor(self.grid, self.block, self.shared.time, self.warp, lane);
         let shared = &mut *self.shared;
         let checked = shared.shadow.write(at, from.len(), atomic, &by, &shared.sets);
-        checked.map_err(|(at, finding)| finding.into_problem(access, "shared", at as u64, Self::name_of_none))?;
+        checked
+            .map_err(|(at, finding)| finding.into_problem(access, "shared", at as u64, Self::name_of_none))?;
         shared.bytes[at..at + from.len()].copy_from_slice(from);
         Ok(())
     }
@@ -81,13 +100,26 @@ impl Runner<'_, '_> {
         let size = self.grid.kernel.code.local_bytes as usize;
         if offset.checked_add(bytes as u64).is_none_or(|end| end > size as u64) {
             let nearest = format!("the thread has {size} bytes");
-            return Err(Problem::OutOfBounds { access, space: "local", address: offset, bytes: bytes as u64, nearest });
+            return Err(Problem::OutOfBounds {
+                access,
+                space: "local",
+                address: offset,
+                bytes: bytes as u64,
+                nearest,
+            });
         }
         Ok(lane * size + offset as usize)
     }
 
     /// Reads for one lane.
-    fn fetch(&mut self, space: Space, address: u64, used: u32, lane: usize, to: &mut [u8]) -> Result<(), Problem> {
+    fn fetch(
+        &mut self,
+        space: Space,
+        address: u64,
+        used: u32,
+        lane: usize,
+        to: &mut [u8],
+    ) -> Result<(), Problem> {
         let bytes = to.len() as u64;
         let (space, address) = resolve(space, address);
         aligned(space, address, bytes, Access::Read)?;
@@ -139,7 +171,9 @@ impl Runner<'_, '_> {
             Space::Shared => self.write_shared(address, from, lane, atomic),
             Space::Local | Space::Param => {
                 let offset = if space == Space::Param {
-                    address.checked_sub(CALL_PARAMS).ok_or(Problem::Trap { what: "a store to the parameters" })?
+                    address
+                        .checked_sub(CALL_PARAMS)
+                        .ok_or(Problem::Trap { what: "a store to the parameters" })?
                 } else {
                     address
                 };
@@ -224,7 +258,8 @@ impl Runner<'_, '_> {
             for (part, source) in data.chunks_exact_mut(each_bytes).zip(from) {
                 part.copy_from_slice(&self.row(*source)[lane].to_le_bytes()[..each_bytes]);
             }
-            self.put_bytes(space, addresses[lane], &data[..bytes], lane, false).map_err(|problem| (problem, lane))?;
+            self.put_bytes(space, addresses[lane], &data[..bytes], lane, false)
+                .map_err(|problem| (problem, lane))?;
         }
         self.count(space, &addresses, bytes, lanes, true);
         Ok(())
@@ -237,7 +272,8 @@ impl Runner<'_, '_> {
             Space::Global => self.count_global(addresses, bytes as u64, lanes, store),
             Space::Shared => {
                 let conflicts = bank_conflicts(addresses, bytes as u64, lanes);
-                let traffic = if store { &mut self.counts.shared_stores } else { &mut self.counts.shared_loads };
+                let traffic =
+                    if store { &mut self.counts.shared_stores } else { &mut self.counts.shared_loads };
                 traffic.instructions += 1;
                 traffic.conflicts += conflicts;
             }
@@ -283,7 +319,8 @@ impl Runner<'_, '_> {
     ) -> Outcome<()> {
         let (to, from) = (self.addresses(to), self.addresses(from));
         let whole = u64::from(bytes);
-        let sizes = source_bytes.map_or([whole; LANES], |source| self.row(source).map(|size| size & mask(32)));
+        let sizes =
+            source_bytes.map_or([whole; LANES], |source| self.row(source).map(|size| size & mask(32)));
         let mut readers = 0;
         for lane in each(lanes) {
             let at = |problem| (problem, lane);

@@ -57,7 +57,11 @@ fn combine(op: AtomicOp, ty: Type, old: u64, b: u64, c: u64) -> u64 {
         AtomicOp::Min | AtomicOp::Max if ty.is_float() => {
             let format = if ty.bits == 64 { F64 } else { format_of(ty) };
             let pick = |a, b| extreme(Mode::of(format), a, b, larger, false);
-            if ty.pair { pick(old & 0xffff, b & 0xffff) | pick(old >> 16, b >> 16) << 16 } else { pick(old, b) }
+            if ty.pair {
+                pick(old & 0xffff, b & 0xffff) | pick(old >> 16, b >> 16) << 16
+            } else {
+                pick(old, b)
+            }
         }
         AtomicOp::Min | AtomicOp::Max if ty.is_signed() => {
             let (a, b) = (signed(old, ty.bits), signed(b, ty.bits));

@@ -102,11 +102,13 @@ pub fn run(
         release(shared, warps, &mut ready);
     }
     if let Some(waiting) = warps.iter().find(|warp| warp.waits.is_some()) {
-        let threads: u32 = warps.iter().filter(|warp| warp.waits == waiting.waits).map(|warp| warp.threads).sum();
+        let threads: u32 =
+            warps.iter().filter(|warp| warp.waits == waiting.waits).map(|warp| warp.threads).sum();
         let barrier = waiting.waits.unwrap_or(0);
         let needed = shared.barriers[barrier].needed;
         let of = needed.map_or("all".to_owned(), |needed| needed.to_string());
-        let what = format!("{threads} threads wait at barrier {barrier} for {of}, and no other thread can run");
+        let what =
+            format!("{threads} threads wait at barrier {barrier} for {of}, and no other thread can run");
         return Err(grid.fault(Problem::Deadlock { what }, Some(waiting.place(number))));
     }
     Ok(())
@@ -125,12 +127,21 @@ fn release(shared: &mut Shared, warps: &mut [Warp], ready: &mut Vec<usize>) {
         }
         let complete = match barrier.needed {
             Some(needed) => barrier.threads >= needed,
-            None => warps.iter().enumerate().all(|(at, warp)| warp.is_done() || barrier.waiting >> at & 1 == 1),
+            None => {
+                warps.iter().enumerate().all(|(at, warp)| warp.is_done() || barrier.waiting >> at & 1 == 1)
+            }
         };
         if !complete {
             continue;
         }
-        let barrier = std::mem::take(&mut shared.barriers[number]);
+        let mut barrier = std::mem::take(&mut shared.barriers[number]);
+        // Those who waited did nothing meanwhile: what they did lies before now, the same for all of them.
+        shared.time += 1;
+        for (at, seen) in barrier.seen.iter_mut().enumerate() {
+            if barrier.waiting >> at & 1 == 1 {
+                *seen = shared.time;
+            }
+        }
         for (at, warp) in warps.iter_mut().enumerate() {
             if barrier.waiting >> at & 1 == 0 {
                 continue;
@@ -142,7 +153,8 @@ fn release(shared: &mut Shared, warps: &mut [Warp], ready: &mut Vec<usize>) {
                 match reduction {
                     BarrierReduction::Count(d) => warp.registers[d as usize] = [barrier.holds.into(); LANES],
                     BarrierReduction::And(d) => {
-                        warp.predicates[d as usize] = if barrier.holds == barrier.threads { u32::MAX } else { 0 };
+                        warp.predicates[d as usize] =
+                            if barrier.holds == barrier.threads { u32::MAX } else { 0 };
                     }
                     BarrierReduction::Or(d) => {
                         warp.predicates[d as usize] = if barrier.holds > 0 { u32::MAX } else { 0 };

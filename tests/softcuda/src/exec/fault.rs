@@ -26,7 +26,9 @@ impl fmt::Display for Access {
 pub enum Problem {
     #[error("{access} of {bytes} bytes at {address:#x} of {space} memory: {nearest}")]
     OutOfBounds { access: Access, space: &'static str, address: u64, bytes: u64, nearest: String },
-    #[error("{access} of {bytes} bytes at {address:#x} of {space} memory, which is not a multiple of {bytes}")]
+    #[error(
+        "{access} of {bytes} bytes at {address:#x} of {space} memory, which is not a multiple of {bytes}"
+    )]
     Misaligned { access: Access, space: &'static str, address: u64, bytes: u64 },
     #[error("read of bytes at {address:#x} of {space} memory that nobody wrote")]
     Uninitialised { space: &'static str, address: u64 },

@@ -17,7 +17,10 @@ impl Runner<'_, '_> {
         for lane in each(lanes) {
             let mask = masks[lane] as u32;
             if mask >> lane & 1 == 0 {
-                return Err((Problem::Trap { what: "a lane runs a .sync instruction whose member mask leaves it out" }, lane));
+                return Err((
+                    Problem::Trap { what: "a lane runs a .sync instruction whose member mask leaves it out" },
+                    lane,
+                ));
             }
             named |= mask;
         }

@@ -56,7 +56,8 @@ struct Grid<'a> {
 impl Grid<'_> {
     fn fault(&self, problem: Problem, at: Option<(usize, u32, u32)>) -> Fault {
         let place = at.map(|(instruction, block, thread)| {
-            let instruction = &self.kernel.code.instructions[instruction.min(self.kernel.code.instructions.len() - 1)];
+            let instruction =
+                &self.kernel.code.instructions[instruction.min(self.kernel.code.instructions.len() - 1)];
             let (file, line) = instruction.source;
             let source = self.launch.module.files.get(&file).map(|file| (file.clone(), line));
             Box::new(Place {
@@ -140,7 +141,8 @@ pub fn place_variables(
         bytes.resize(variable.bytes as usize, 0);
         for (at, name, offset) in &variable.addresses {
             let Some((address, _)) = placed.get(name) else {
-                let problem = Problem::Launch { what: format!("{} needs the address of {name}", variable.name) };
+                let problem =
+                    Problem::Launch { what: format!("{} needs the address of {name}", variable.name) };
                 return Err(Fault { problem, operation: op.name.to_owned(), place: None });
             };
             let value = address.wrapping_add(*offset as u64);

@@ -160,7 +160,12 @@ impl Warp {
 
     /// The instruction before which the group at `at` must look for others.
     fn horizon(&self, at: u32) -> u32 {
-        self.groups.iter().filter(|group| !group.blocked || group.at > at).map(|group| group.at).min().unwrap_or(ALL)
+        self.groups
+            .iter()
+            .filter(|group| !group.blocked || group.at > at)
+            .map(|group| group.at)
+            .min()
+            .unwrap_or(ALL)
     }
 }
 
@@ -211,7 +216,11 @@ impl<'r, 'g> Runner<'r, 'g> {
                     Next::Jump(0, _) => group.at += 1,
                     Next::Jump(lanes, target) => {
                         self.warp.groups.push(Group { at: target, lanes, blocked: false });
-                        self.warp.groups.push(Group { at: group.at + 1, lanes: group.lanes & !lanes, blocked: false });
+                        self.warp.groups.push(Group {
+                            at: group.at + 1,
+                            lanes: group.lanes & !lanes,
+                            blocked: false,
+                        });
                         break;
                     }
                     Next::Exit(lanes) => {
@@ -255,7 +264,8 @@ impl<'r, 'g> Runner<'r, 'g> {
         if pause == Pause::Done && !self.warp.is_done() {
             let place = self.warp.place(self.block);
             let arrived = self.warp.groups[0].lanes;
-            let problem = Problem::DivergentBarrier { what: missing, arrived, missing: self.warp.waiting() & !arrived };
+            let problem =
+                Problem::DivergentBarrier { what: missing, arrived, missing: self.warp.waiting() & !arrived };
             return Err(grid.fault(problem, Some(place)));
         }
         Ok((pause, limit - left))

@@ -101,7 +101,8 @@ impl DeviceMemory {
         self.note(op);
         let order = Order::new(op);
         let by = Accessor { order: &order, thread: None };
-        let from = self.check_read(address, to.len() as u64, u32::MAX, &by).map_err(|problem| fault(problem, op))?;
+        let from =
+            self.check_read(address, to.len() as u64, u32::MAX, &by).map_err(|problem| fault(problem, op))?;
         to.copy_from_slice(from);
         Ok(())
     }
@@ -181,7 +182,8 @@ impl DeviceMemory {
         let mut nearest = Vec::new();
         if let Some(found) = before {
             let past = (address + bytes) as i128 - (found.base + found.size) as i128;
-            nearest.push(format!("ends {past} bytes past the end of {} bytes at {:#x}", found.size, found.base));
+            nearest
+                .push(format!("ends {past} bytes past the end of {} bytes at {:#x}", found.size, found.base));
         }
         if let Some(found) = after
             && found.base - address <= RED_ZONE
@@ -196,7 +198,13 @@ impl DeviceMemory {
     }
 
     /// The bytes, if the access is in order; it is noted.
-    pub(crate) fn check_read(&mut self, address: u64, bytes: u64, used: u32, by: &Accessor) -> Result<&[u8], Problem> {
+    pub(crate) fn check_read(
+        &mut self,
+        address: u64,
+        bytes: u64,
+        used: u32,
+        by: &Accessor,
+    ) -> Result<&[u8], Problem> {
         let index = self.find(address, bytes, Access::Read)?;
         let allocation = &mut self.allocations[index];
         let at = (address - allocation.base) as usize;
@@ -242,7 +250,8 @@ impl DeviceMemory {
     pub(crate) fn first_touch(&mut self, address: u64, store: bool, op: u32) -> bool {
         let Ok(index) = self.find(address, 1, Access::Read) else { return false };
         let allocation = &mut self.allocations[index];
-        let last = &mut allocation.sectors[((address - allocation.base) / SECTOR) as usize][usize::from(store)];
+        let last =
+            &mut allocation.sectors[((address - allocation.base) / SECTOR) as usize][usize::from(store)];
         let first = *last != op.wrapping_add(1);
         *last = op.wrapping_add(1);
         first

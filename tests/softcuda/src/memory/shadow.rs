@@ -151,10 +151,19 @@ pub enum Finding {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Other {
     /// An operation that is not ordered before this one.
-    Operation { id: u32, wrote: bool },
-    Block { number: u32, wrote: bool },
+    Operation {
+        id: u32,
+        wrote: bool,
+    },
+    Block {
+        number: u32,
+        wrote: bool,
+    },
     SeveralBlocks,
-    Thread { number: u16, wrote: bool },
+    Thread {
+        number: u16,
+        wrote: bool,
+    },
     SeveralThreads,
     Copy,
 }
@@ -164,13 +173,17 @@ impl Other {
     pub fn describe(self, name: impl Fn(u32) -> String) -> String {
         let did = |wrote| if wrote { "write" } else { "read" };
         match self {
-            Other::Operation { id, wrote } => format!("the {} of {}, which is not ordered with it", did(wrote), name(id)),
+            Other::Operation { id, wrote } => {
+                format!("the {} of {}, which is not ordered with it", did(wrote), name(id))
+            }
             Other::Block { number, wrote } => format!("the {} of block number {number}", did(wrote)),
             Other::SeveralBlocks => "reads of several blocks".to_owned(),
             Other::Thread { number, wrote } => {
                 format!("the {} of thread number {number} of the block, with no barrier between", did(wrote))
             }
-            Other::SeveralThreads => "reads of several threads of the block, with no barrier between".to_owned(),
+            Other::SeveralThreads => {
+                "reads of several threads of the block, with no barrier between".to_owned()
+            }
             Other::Copy => "a cp.async that was not waited for".to_owned(),
         }
     }
@@ -278,7 +291,9 @@ impl Accessor<'_> {
 
 impl Shadow {
     pub fn new(bytes: usize) -> Shadow {
-        Shadow { chunks: vec![Chunk { grain: CHUNK.trailing_zeros(), cells: vec![FRESH] }; bytes.div_ceil(CHUNK)] }
+        Shadow {
+            chunks: vec![Chunk { grain: CHUNK.trailing_zeros(), cells: vec![FRESH] }; bytes.div_ceil(CHUNK)],
+        }
     }
 
     /// Forgets everything but how fine the cells are.
@@ -377,7 +392,13 @@ impl Shadow {
     }
 
     /// Marks bytes that a `cp.async` will write.
-    pub fn begin_copy(&mut self, from: usize, bytes: usize, by: &Accessor, sets: &Sets) -> Result<(), (usize, Finding)> {
+    pub fn begin_copy(
+        &mut self,
+        from: usize,
+        bytes: usize,
+        by: &Accessor,
+        sets: &Sets,
+    ) -> Result<(), (usize, Finding)> {
         self.write(from, bytes, false, by, sets)?;
         self.visit(from, bytes, |cell, _, _| {
             cell.pending = true;

@@ -226,9 +226,9 @@ impl<'a> Parser<'_, 'a> {
                 ".version" => {
                     self.at += 1;
                     let version = self.word()?;
-                    let parts = version.split_once('.').and_then(|(major, minor)| {
-                        Some((major.parse().ok()?, minor.parse().ok()?))
-                    });
+                    let parts = version
+                        .split_once('.')
+                        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
                     let Some(parts) = parts else { return self.fail("a version before this") };
                     text.version = parts;
                 }
@@ -488,7 +488,9 @@ impl<'a> Parser<'_, 'a> {
                 Some(Kind::Word(".shared" | ".local" | ".param" | ".global" | ".const")) => {
                     items.extend(self.variables()?.into_iter().map(Item::Variable));
                 }
-                Some(Kind::Word(name)) if self.tokens.get(self.at + 1).map(|t| t.kind) == Some(Kind::Mark(':')) => {
+                Some(Kind::Word(name))
+                    if self.tokens.get(self.at + 1).map(|t| t.kind) == Some(Kind::Mark(':')) =>
+                {
                     self.at += 2;
                     if self.take_word(".branchtargets") {
                         let mut targets = Vec::new();

@@ -63,9 +63,7 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
         "mul" if op.has("lo") => Two(map2(move |a, b| a.wrapping_mul(b) & mask)),
         "mad" if op.has("wide") => {
             let out = integer::mask(2 * bits);
-            Three(map3(move |a, b, c| {
-                (integer::product(a, b, bits, is_signed) as u64).wrapping_add(c) & out
-            }))
+            Three(map3(move |a, b, c| (integer::product(a, b, bits, is_signed) as u64).wrapping_add(c) & out))
         }
         "mad" if op.has("hi") => Three(map3(move |a, b, c| {
             ((integer::product(a, b, bits, is_signed) >> bits) as u64).wrapping_add(c) & mask
@@ -118,11 +116,8 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
         "bmsk" => {
             let clamp = op.has("clamp");
             Two(map2(move |a, b| {
-                let (start, length) = if clamp {
-                    (a as u32, (b as u32).min(32))
-                } else {
-                    (a as u32 & 31, b as u32 & 31)
-                };
+                let (start, length) =
+                    if clamp { (a as u32, (b as u32).min(32)) } else { (a as u32 & 31, b as u32 & 31) };
                 if start >= 32 { 0 } else { integer::mask(length) << start & mask }
             }))
         }
@@ -222,9 +217,9 @@ fn floats(op: &Opcode, ty: Type) -> Option<Function> {
         "add" => halves2(pair, move |a, b| mode.output(exact::add(mode.input(a), mode.input(b)))),
         "sub" => halves2(pair, move |a, b| mode.output(exact::add(mode.input(a), -mode.input(b)))),
         "mul" => halves2(pair, move |a, b| mode.output(mode.input(a) * mode.input(b))),
-        "fma" | "mad" => halves3(pair, move |a, b, c| {
-            mode.output(exact::fma(mode.input(a), mode.input(b), mode.input(c)))
-        }),
+        "fma" | "mad" => {
+            halves3(pair, move |a, b, c| mode.output(exact::fma(mode.input(a), mode.input(b), mode.input(c))))
+        }
         "div" if approx => {
             halves2(pair, move |a, b| mode.output(float::divide_approx(mode.input(a), mode.input(b))))
         }

@@ -11,8 +11,8 @@ use crate::ptx::parse::{Operand, Statement};
 use crate::ptx::types::{Class, Type};
 
 const COMPARISONS: [&str; 18] = [
-    "eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu", "num",
-    "nan",
+    "eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu",
+    "num", "nan",
 ];
 
 /// Whether an ordering satisfies a comparison; none: a NaN is compared.
@@ -33,7 +33,11 @@ fn holds(comparison: &str, order: Option<std::cmp::Ordering>) -> bool {
 }
 
 /// Single comparisons of floats of the format.
-fn float_test(comparison: &'static str, format: Format, flush: bool) -> impl Fn(u64, u64) -> bool + Send + Sync + Copy {
+fn float_test(
+    comparison: &'static str,
+    format: Format,
+    flush: bool,
+) -> impl Fn(u64, u64) -> bool + Send + Sync + Copy {
     let mask = integer::mask(format.bits());
     move |a, b| {
         let wide = |bits: u64| {
@@ -143,8 +147,12 @@ impl<'p, 'a> Decoder<'p, 'a> {
         }
         let Some(test) = single_test(comparison, ty, op.has("ftz")) else { return Ok(false) };
         let (holds, fails) = match d {
-            Operand::Pair(pair) if pair.0 == Operand::Name("_") => (None, Some(self.target_predicate(&pair.1)?)),
-            Operand::Pair(pair) => (Some(self.target_predicate(&pair.0)?), Some(self.target_predicate(&pair.1)?)),
+            Operand::Pair(pair) if pair.0 == Operand::Name("_") => {
+                (None, Some(self.target_predicate(&pair.1)?))
+            }
+            Operand::Pair(pair) => {
+                (Some(self.target_predicate(&pair.0)?), Some(self.target_predicate(&pair.1)?))
+            }
             _ => (Some(self.target_predicate(d)?), None),
         };
         let holds = holds.unwrap_or_else(|| self.fresh_predicate());

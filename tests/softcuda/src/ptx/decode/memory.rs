@@ -2,7 +2,7 @@
 
 use super::{Decoder, LOCAL_WINDOW, Opcode, PARAM_WINDOW, SHARED_WINDOW};
 use crate::ptx::Error;
-use crate::ptx::code::{AtomicOp, Op, Space, Source, map1, test};
+use crate::ptx::code::{AtomicOp, Op, Source, Space, map1, test};
 use crate::ptx::parse::{Literal, Operand, Statement};
 
 fn space_of(op: &Opcode) -> Space {
@@ -31,9 +31,33 @@ fn window(space: Space) -> u64 {
 fn is_access_modifier(modifier: &str) -> bool {
     matches!(
         modifier,
-        "global" | "const" | "shared" | "local" | "param" | "param::entry" | "param::func" | "v2" | "v4" | "nc"
-            | "ca" | "cg" | "cs" | "lu" | "cv" | "wb" | "wt" | "weak" | "volatile" | "relaxed" | "acquire"
-            | "release" | "acq_rel" | "cta" | "gpu" | "sys" | "noftz"
+        "global"
+            | "const"
+            | "shared"
+            | "local"
+            | "param"
+            | "param::entry"
+            | "param::func"
+            | "v2"
+            | "v4"
+            | "nc"
+            | "ca"
+            | "cg"
+            | "cs"
+            | "lu"
+            | "cv"
+            | "wb"
+            | "wt"
+            | "weak"
+            | "volatile"
+            | "relaxed"
+            | "acquire"
+            | "release"
+            | "acq_rel"
+            | "cta"
+            | "gpu"
+            | "sys"
+            | "noftz"
     ) || modifier.starts_with("L1::")
         || modifier.starts_with("L2::")
 }
@@ -106,7 +130,8 @@ impl<'p, 'a> Decoder<'p, 'a> {
             return Ok(false);
         }
         let [address, source] = self.operands(statement)?;
-        let parts = if let Operand::Vector(parts) = source { &parts[..] } else { std::slice::from_ref(source) };
+        let parts =
+            if let Operand::Vector(parts) = source { &parts[..] } else { std::slice::from_ref(source) };
         let mut from = Vec::new();
         for part in parts {
             from.push(self.value(part, Some(ty))?);
@@ -184,7 +209,8 @@ impl<'p, 'a> Decoder<'p, 'a> {
         }
         let [d, address] = self.operands(statement)?;
         let parts = if let Operand::Vector(parts) = d { &parts[..] } else { std::slice::from_ref(d) };
-        let count = [("x1", 1), ("x2", 2), ("x4", 4)].into_iter().find_map(|(name, n)| op.has(name).then_some(n));
+        let count =
+            [("x1", 1), ("x2", 2), ("x4", 4)].into_iter().find_map(|(name, n)| op.has(name).then_some(n));
         if count != Some(parts.len()) {
             return self.fail("ldmatrix with a wrong number of registers");
         }

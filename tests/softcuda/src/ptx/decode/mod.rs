@@ -9,7 +9,9 @@ mod warp;
 use std::collections::HashMap;
 
 use super::Error;
-use super::code::{Address, Code, FALSE, Instruction, Op, Predicate, Register, Row, Source, Special, Symbol, map1};
+use super::code::{
+    Address, Code, FALSE, Instruction, Op, Predicate, Register, Row, Source, Special, Symbol, map1,
+};
 use super::parse::{Declaration, Item, Literal, Operand, Routine, Statement};
 use super::types::{Class, Type};
 
@@ -472,7 +474,10 @@ impl<'p, 'a> Decoder<'p, 'a> {
             || self.warp(&op, statement)?
             || self.compute(&op, statement)?;
         if !known {
-            return Err(Error::Unsupported { line: statement.line, instruction: statement.opcode.to_owned() });
+            return Err(Error::Unsupported {
+                line: statement.line,
+                instruction: statement.opcode.to_owned(),
+            });
         }
         if let Some(guard) = guard {
             for instruction in &mut self.code.instructions[from..] {
@@ -482,7 +487,10 @@ impl<'p, 'a> Decoder<'p, 'a> {
         Ok(())
     }
 
-    fn operands<'s, const N: usize>(&self, statement: &'s Statement<'a>) -> Result<&'s [Operand<'a>; N], Error> {
+    fn operands<'s, const N: usize>(
+        &self,
+        statement: &'s Statement<'a>,
+    ) -> Result<&'s [Operand<'a>; N], Error> {
         match <&[Operand; N]>::try_from(&statement.operands[..]) {
             Ok(operands) => Ok(operands),
             Err(_) => {
@@ -495,7 +503,9 @@ impl<'p, 'a> Decoder<'p, 'a> {
         let line = self.line;
         match op.name {
             "bra" => {
-                let [Operand::Name(label)] = statement.operands[..] else { return self.fail("a label expected") };
+                let [Operand::Name(label)] = statement.operands[..] else {
+                    return self.fail("a label expected");
+                };
                 let at = self.push(Op::Branch(0));
                 self.frame().jumps.push((at, 0, label, line));
             }

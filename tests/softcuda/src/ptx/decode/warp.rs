@@ -163,7 +163,10 @@ impl<'p, 'a> Decoder<'p, 'a> {
             targets.push(self.target(part)?.0);
         }
         let mut values = |operand: &'p Operand<'a>| {
-            parts(operand).iter().map(|part| self.value(part, Some(d_type))).collect::<Result<Vec<Source>, Error>>()
+            parts(operand)
+                .iter()
+                .map(|part| self.value(part, Some(d_type)))
+                .collect::<Result<Vec<Source>, Error>>()
         };
         let (a, b, c) = (values(a)?, values(b)?, values(c)?);
         let format = format_of(a_type);
@@ -171,4 +174,3 @@ impl<'p, 'a> Decoder<'p, 'a> {
         Ok(true)
     }
 }
-
