@@ -121,6 +121,23 @@ fn devices_are_independent() {
     }
 }
 
+/// An address means memory of one device only.
+#[test]
+fn addresses_of_another_device_are_refused() {
+    let (a, b) = (Card::new(), Card::new());
+    let (here, there) = (a.stream(), b.stream());
+    let x = here.alloc_zeros::<u32>(64).unwrap();
+    here.synchronize().unwrap();
+    let at = cudarc::driver::DevicePtr::device_ptr(&x, &here).0;
+    b.context.bind_to_thread().unwrap();
+    // SAFETY: refused.
+    let refused = unsafe { result::memset_d8_async(at, 1, 4, there.cu_stream()) };
+    assert_eq!(code(refused), CUresult::CUDA_ERROR_INVALID_VALUE);
+    fill(&there, &b.kernel("fill_u32"), &x, 1).unwrap();
+    assert_eq!(code(there.synchronize()), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    assert_eq!(here.clone_dtoh(&x).unwrap(), [0; 64]);
+}
+
 /// A given-back device is lent again as new.
 #[test]
 fn a_device_comes_back_as_new() {

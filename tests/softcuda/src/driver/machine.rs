@@ -21,6 +21,9 @@ pub const DEVICES: usize = 256;
 
 const GIB: u64 = 1 << 30;
 
+/// Addresses of different devices differ above this bit, and stay below those of the host.
+const ADDRESS_BITS: u32 = 38;
+
 pub type Guard<'a> = MutexGuard<'a, Machine>;
 
 /// A device: the machine and its lock.
@@ -192,7 +195,7 @@ impl Machine {
             total_memory: 4 * GIB,
             newest_ptx: (9, 0),
             injector: Injector::default(),
-            memory: DeviceMemory::default(),
+            memory: DeviceMemory::starting_at(u64::from(ordinal) << ADDRESS_BITS),
             allocations: BTreeMap::new(),
             used_memory: 0,
             most_used: 0,

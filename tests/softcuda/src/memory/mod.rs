@@ -46,6 +46,11 @@ pub struct DeviceMemory {
 }
 
 impl DeviceMemory {
+    /// Memory whose addresses begin at `first`: that of several devices has none in common.
+    pub fn starting_at(first: u64) -> DeviceMemory {
+        DeviceMemory { end: first, ..DeviceMemory::default() }
+    }
+
     /// The address of `bytes` bytes that nobody wrote yet.
     pub fn alloc(&mut self, bytes: u64) -> u64 {
         let base = self.end.max(FIRST);
