@@ -125,7 +125,13 @@ fn matrix(rows: usize, columns: usize, seed: i32, least: i32) -> Vec<i32> {
 }
 
 /// Loads `registers` registers of each lane, runs the instruction on them, and gives back its results.
-fn run(instruction: &str, fragments: [&[u32]; 3], counts: [usize; 3], results: usize, float: bool) -> Vec<u32> {
+fn run(
+    instruction: &str,
+    fragments: [&[u32]; 3],
+    counts: [usize; 3],
+    results: usize,
+    float: bool,
+) -> Vec<u32> {
     let (names, ty) = (["a", "b", "c"], if float { "f32" } else { "b32" });
     let mut text = String::from(
         ".visible .entry k(.param .u64 a, .param .u64 b, .param .u64 c, .param .u64 d) {
@@ -159,7 +165,8 @@ fn run(instruction: &str, fragments: [&[u32]; 3], counts: [usize; 3], results: u
     }
     let out = card.room(32 * 4 * results);
     params.push(out);
-    let counts = card.launch(&module, &call("k", 1, 32, &params)).unwrap_or_else(|fault| panic!("{fault}\n{text}"));
+    let counts =
+        card.launch(&module, &call("k", 1, 32, &params)).unwrap_or_else(|fault| panic!("{fault}\n{text}"));
     assert_eq!(counts.mma.values().sum::<u64>(), 1);
     card.words(out, 32 * results)
 }
@@ -288,12 +295,14 @@ FILL:
         list("r"),
         4 * matrices
     );
-    let stores: Vec<String> = (0..matrices).map(|i| format!("  st.global.u32 [%o+{}], %r{i};\n", 4 * i)).collect();
+    let stores: Vec<String> =
+        (0..matrices).map(|i| format!("  st.global.u32 [%o+{}], %r{i};\n", 4 * i)).collect();
     let text = format!("{text}{}  ret;\n}}\n", stores.concat());
     let module = parse(&text);
     let mut card = Card::default();
     let out = card.room(128 * matrices);
-    let counts = card.launch(&module, &call("k", 1, 32, &[out])).unwrap_or_else(|fault| panic!("{fault}\n{text}"));
+    let counts =
+        card.launch(&module, &call("k", 1, 32, &[out])).unwrap_or_else(|fault| panic!("{fault}\n{text}"));
     let conflicts = if stride % 128 == 0 { 7 * matrices } else { 0 };
     assert_eq!(counts.shared_loads.conflicts, conflicts as u64);
     card.words(out, 32 * matrices).chunks(matrices).map(<[u32]>::to_vec).collect()

@@ -6,7 +6,8 @@ use run::{Call, Card, call, parse};
 use softcuda::counters::Counts;
 use softcuda::exec::{Fault, Problem};
 
-const REGISTERS: &str = ".reg .b16 %h<8>;\n.reg .b32 %r<24>;\n.reg .f32 %f<8>;\n.reg .b64 %rd<16>;\n.reg .pred %p<4>;\n";
+const REGISTERS: &str =
+    ".reg .b16 %h<8>;\n.reg .b32 %r<24>;\n.reg .f32 %f<8>;\n.reg .b64 %rd<16>;\n.reg .pred %p<4>;\n";
 
 /// `%r1` is the thread, `%r2` the block, `%rd1` and `%rd2` the parameters; `%r3` is the address of 1 KiB of
 /// shared memory.
@@ -68,7 +69,8 @@ macro_rules! assert_problem {
     };
 }
 
-const OWN_WORD: &str = "mad.wide.u32 %rd3, %r1, 4, %rd1; mad.wide.u32 %rd4, %r1, 4, %rd2; mad.lo.u32 %r4, %r1, 4, %r3;";
+const OWN_WORD: &str =
+    "mad.wide.u32 %rd3, %r1, 4, %rd1; mad.wide.u32 %rd4, %r1, 4, %rd2; mad.lo.u32 %r4, %r1, 4, %r3;";
 
 #[test]
 fn a_fault_says_where() {
@@ -84,10 +86,7 @@ fn a_fault_says_where() {
 
 #[test]
 fn the_source_line_is_known_where_the_text_has_it() {
-    let text = format!(
-        "{}\n.file 1 \"bad.cu\"\n",
-        text(".loc 1 42 7\nst.global.u32 [%rd1+4096], %r1;")
-    );
+    let text = format!("{}\n.file 1 \"bad.cu\"\n", text(".loc 1 42 7\nst.global.u32 [%rd1+4096], %r1;"));
     let module = parse(&text);
     let mut card = Card::default();
     let a = card.put(&[0; 1024]);
@@ -105,7 +104,7 @@ fn out_of_bounds() {
         "mov.u64 %rd3, 0; ld.global.u32 %r5, [%rd3];",
         "mad.wide.u32 %rd3, %r1, 64, %rd1; st.global.u32 [%rd3], %r1;",
         "mad.wide.u32 %rd3, %r1, 64, %rd1; red.global.add.u32 [%rd3], 1;",
-        "ld.u32 %r5, [%rd1+2000];",
+        "ld.u32 %r5, [%rd1+1100];",
         "st.shared.u32 [%r3+1024], %r1;",
         "sub.u32 %r4, %r3, 4; st.shared.u32 [%r4], %r1;",
         "cp.async.ca.shared.global [%r3], [%rd1+1024], 4;",
@@ -161,7 +160,9 @@ fn never_written() {
 
 #[test]
 fn shared_memory_is_new_in_each_block() {
-    let body = format!("{OWN_WORD} setp.ne.u32 %p1, %r2, 0; @%p1 bra READ; st.shared.u32 [%r4], %r1; READ: ld.shared.u32 %r5, [%r4];");
+    let body = format!(
+        "{OWN_WORD} setp.ne.u32 %p1, %r2, 0; @%p1 bra READ; st.shared.u32 [%r4], %r1; READ: ld.shared.u32 %r5, [%r4];"
+    );
     WARP.is_fine(&body);
     let fault = Run { blocks: 2, ..WARP }.fault(&body);
     assert_problem!(&fault, Problem::Uninitialised { .. });
@@ -179,7 +180,10 @@ fn a_barrier_is_missing() {
     any_order(|run| {
         // Whoever is first reads what is not there yet.
         assert_problem!(run.fault(&exchange("")), Problem::Uninitialised { .. } | Problem::Race { .. });
-        assert_problem!(run.fault(&exchange("bar.warp.sync -1;")), Problem::Uninitialised { .. } | Problem::Race { .. });
+        assert_problem!(
+            run.fault(&exchange("bar.warp.sync -1;")),
+            Problem::Uninitialised { .. } | Problem::Race { .. }
+        );
         run.is_fine(&exchange("bar.sync 0;"));
     });
 }
@@ -236,15 +240,22 @@ fn blocks_that_share_a_word() {
     let two = Run { blocks: 2, threads: 1, seed: 0 };
     assert_problem!(two.fault("st.global.u32 [%rd1], %r2;"), Problem::Race { .. });
     assert_problem!(
-        two.fault("setp.eq.u32 %p1, %r2, 0; @%p1 st.global.u32 [%rd1], %r2; @!%p1 ld.global.u32 %r5, [%rd1];"),
+        two.fault(
+            "setp.eq.u32 %p1, %r2, 0; @%p1 st.global.u32 [%rd1], %r2; @!%p1 ld.global.u32 %r5, [%rd1];"
+        ),
         Problem::Race { .. }
     );
     assert_problem!(
-        two.fault("setp.eq.u32 %p1, %r2, 0; @!%p1 st.global.u32 [%rd1], %r2; @%p1 ld.global.u32 %r5, [%rd1];"),
+        two.fault(
+            "setp.eq.u32 %p1, %r2, 0; @!%p1 st.global.u32 [%rd1], %r2; @%p1 ld.global.u32 %r5, [%rd1];"
+        ),
         Problem::Race { .. }
     );
     // Barriers are of one block.
-    assert_problem!(two.fault("ld.global.u32 %r5, [%rd1]; bar.sync 0; st.global.u32 [%rd1], %r2;"), Problem::Race { .. });
+    assert_problem!(
+        two.fault("ld.global.u32 %r5, [%rd1]; bar.sync 0; st.global.u32 [%rd1], %r2;"),
+        Problem::Race { .. }
+    );
     two.is_fine("mad.wide.u32 %rd3, %r2, 4, %rd1; st.global.u32 [%rd3], %r2; ld.global.u32 %r5, [%rd1+100];");
 }
 
@@ -252,9 +263,14 @@ fn blocks_that_share_a_word() {
 fn atomics_do_not_race_with_each_other() {
     let two = Run { blocks: 2, threads: 64, seed: 3 };
     two.is_fine("red.global.add.u32 [%rd1], 1; atom.global.max.u32 %r5, [%rd1], %r1;");
-    assert_problem!(two.fault("red.global.add.u32 [%rd1], 1; ld.global.u32 %r5, [%rd1];"), Problem::Race { .. });
     assert_problem!(
-        BLOCK.fault("setp.eq.u32 %p1, %r1, 0; @%p1 st.global.u32 [%rd1], 1; @!%p1 red.global.add.u32 [%rd1], 1;"),
+        two.fault("red.global.add.u32 [%rd1], 1; ld.global.u32 %r5, [%rd1];"),
+        Problem::Race { .. }
+    );
+    assert_problem!(
+        BLOCK.fault(
+            "setp.eq.u32 %p1, %r1, 0; @%p1 st.global.u32 [%rd1], 1; @!%p1 red.global.add.u32 [%rd1], 1;"
+        ),
         Problem::Race { .. }
     );
 }
@@ -279,7 +295,9 @@ fn warp_instructions_that_miss_lanes() {
         "vote.sync.ballot.b32 %r5, %p1, 0xffffffff;",
         "bar.warp.sync 0xffffffff;",
     ] {
-        let body = format!("setp.lt.u32 %p1, %r1, 16; @!%p1 bra OTHER; {instruction} bra OUT; OTHER: bar.warp.sync 0xffff0000; shfl.sync.idx.b32 %r6, %r1, 0, 31, 0xffffffff; OUT:");
+        let body = format!(
+            "setp.lt.u32 %p1, %r1, 16; @!%p1 bra OTHER; {instruction} bra OUT; OTHER: bar.warp.sync 0xffff0000; shfl.sync.idx.b32 %r6, %r1, 0, 31, 0xffffffff; OUT:"
+        );
         let run = WARP.run(&body);
         // Where both wait for all at the same kind of instruction, they may meet: only then is it right.
         match run {
@@ -290,7 +308,10 @@ fn warp_instructions_that_miss_lanes() {
     // A lane that is not in its own mask.
     assert!(WARP.run("shfl.sync.idx.b32 %r5, %r1, 0, 31, 0xffff;").is_err());
     // A source lane that takes no part.
-    assert!(WARP.run("setp.lt.u32 %p1, %r1, 16; @!%p1 bra OUT; shfl.sync.idx.b32 %r5, %r1, 20, 31, 0xffff; OUT:").is_err());
+    assert!(
+        WARP.run("setp.lt.u32 %p1, %r1, 16; @!%p1 bra OUT; shfl.sync.idx.b32 %r5, %r1, 20, 31, 0xffff; OUT:")
+            .is_err()
+    );
 }
 
 #[test]
@@ -458,7 +479,10 @@ fn copies_and_kernels_that_nothing_orders() {
     assert!(memory.read(a + 124, &mut back, &op).is_err(), "the kernel may not be over");
     assert!(memory.write(a + 124, &back, &op).is_err());
     assert!(memory.free(a, &op).is_err(), "the kernel may still use it");
-    assert!(memory.write(a + 512, &back, &Op { id: 2, happens_before: &alone, name: "upload" }).is_err(), "it was freed");
+    assert!(
+        memory.write(a + 512, &back, &Op { id: 2, happens_before: &alone, name: "upload" }).is_err(),
+        "it was freed"
+    );
 }
 
 #[test]

@@ -67,7 +67,7 @@ pub struct Report {
     pub message: String,
 }
 
-/// How many reports a device keeps; the first are the ones that matter.
+/// How many refusals a device keeps; the first are the ones that matter.
 const REPORTS: usize = 1000;
 
 pub struct Context {
@@ -234,7 +234,7 @@ impl Machine {
     }
 
     pub fn report(&mut self, code: Status, sticky: bool, message: String) {
-        if self.reports.len() < REPORTS {
+        if sticky || self.reports.len() < REPORTS {
             self.reports.push(Report { code, sticky, message });
         }
     }

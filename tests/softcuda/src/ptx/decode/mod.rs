@@ -2,8 +2,10 @@
 
 mod arithmetic;
 pub(crate) use arithmetic::format_of;
+mod carry;
 mod compare;
 mod memory;
+mod modifiers;
 mod warp;
 
 use std::collections::HashMap;
@@ -104,6 +106,8 @@ pub struct Decoder<'p, 'a> {
     symbols: HashMap<String, u32>,
     /// `.shared` variables of the module that were placed.
     shared: HashMap<&'a str, u32>,
+    /// The condition code's carry, once an instruction needs it.
+    carry: Option<Register>,
     line: u32,
     source: (u32, u32),
 }
@@ -155,6 +159,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
             constants: HashMap::new(),
             symbols: HashMap::new(),
             shared: HashMap::new(),
+            carry: None,
             line: kernel.line,
             source: (0, 0),
         };
@@ -468,11 +473,13 @@ impl<'p, 'a> Decoder<'p, 'a> {
         };
         let from = self.code.instructions.len();
         let op = Opcode::new(statement.opcode);
-        let known = self.control(&op, statement)?
-            || self.compare(&op, statement)?
-            || self.memory(&op, statement)?
-            || self.warp(&op, statement)?
-            || self.compute(&op, statement)?;
+        let known = modifiers::are_known(&op)
+            && (self.control(&op, statement)?
+                || self.carries(&op, statement)?
+                || self.compare(&op, statement)?
+                || self.memory(&op, statement)?
+                || self.warp(&op, statement)?
+                || self.compute(&op, statement)?);
         if !known {
             return Err(Error::Unsupported {
                 line: statement.line,
