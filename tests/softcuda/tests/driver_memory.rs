@@ -159,14 +159,14 @@ fn a_download_to_pinned_memory_is_there_after_the_wait_only() {
     let card = Card::new();
     let stream = card.stream();
     let from = stream.clone_htod(&[5u32; 8]).unwrap();
-    // SAFETY: the buffer is zero at first, and waited for before it is read.
+    // SAFETY: any bits are a number; nothing but these is expected before the wait.
     let mut pinned = unsafe { card.context.alloc_pinned_with_flags::<u32>(8, 0) }.unwrap();
     let early = pinned.as_mut_ptr().unwrap();
     stream.memcpy_dtoh(&from, &mut pinned).unwrap();
     // SAFETY: a peek, before the copy has run.
-    assert_eq!(unsafe { early.read_volatile() }, 0);
+    assert_eq!(unsafe { early.read_volatile() }, u32::MAX);
     // cudarc's own wait is an event that it records only while it tracks events.
-    assert_eq!(pinned.as_slice().unwrap(), [0; 8]);
+    assert_eq!(pinned.as_slice().unwrap(), [u32::MAX; 8]);
     stream.synchronize().unwrap();
     assert_eq!(pinned.as_slice().unwrap(), [5; 8]);
 }

@@ -1,6 +1,6 @@
 //! The host's side: what it has waited for, and its page-locked memory.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
@@ -52,22 +52,28 @@ pub struct Pinned {
     uses: Mutex<Clock>,
 }
 
+/// What a new buffer holds: no number, read as a float of any width, so that relying on zeros shows.
+const UNWRITTEN: u8 = 0xff;
+
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: `alloc_zeroed` gave the address for this layout, and this is its only owner.
+        // SAFETY: `alloc` gave the address for this layout, and this is its only owner.
         unsafe { dealloc(self.address as *mut u8, self.layout) }
     }
 }
 
 impl Pinned {
-    /// A new buffer of `bytes` > 0, page-aligned; none if the host has no memory left.
+    /// A new buffer of `bytes` > 0, page-aligned, whose content is nothing to rely on; none if the host has no memory left.
     pub fn allocate(bytes: usize, ordinal: u8, context: u64) -> Option<Arc<Pinned>> {
         let layout = Layout::from_size_align(bytes, 4096).ok()?;
         // SAFETY: `bytes` is not zero, as the caller checks.
-        let address = unsafe { alloc_zeroed(layout) } as usize;
-        if address == 0 {
+        let memory = unsafe { alloc(layout) };
+        if memory.is_null() {
             return None;
         }
+        // SAFETY: as many bytes were allocated.
+        unsafe { memory.write_bytes(UNWRITTEN, bytes) };
+        let address = memory as usize;
         let (freed, uses) = (AtomicBool::new(false), Mutex::default());
         let buffer = Arc::new(Pinned { address, bytes, ordinal, context, layout, freed, uses });
         lock(&PINNED).insert(address, buffer.clone());
