@@ -164,6 +164,8 @@ pub struct Machine {
     pub primary: Option<(u64, usize)>,
     pub primary_flags: u32,
     pub lanes: Vec<Lane>,
+    /// Functions of the host that wait in lanes.
+    pub host_functions: usize,
     /// The operation of each number that device memory knows.
     pub marks: Vec<Mark>,
     /// What other devices are known to have finished.
@@ -203,6 +205,7 @@ impl Machine {
             primary: None,
             primary_flags: 0,
             lanes: Vec::new(),
+            host_functions: 0,
             marks: Vec::new(),
             foreign: Clock::default(),
             streams: BTreeMap::new(),

@@ -560,11 +560,27 @@ impl<'p, 'a> Decoder<'p, 'a> {
             return self.fail("calls through pointers are not run");
         };
         if routine.body.is_none() {
-            if routine.name == "__assertfail" {
-                self.push(Op::Trap("assert failed"));
-                return Ok(());
+            let mut places = Vec::new();
+            for actual in lists.into_iter().flatten() {
+                let Operand::Name(name) = actual else { return self.fail("a parameter expected") };
+                let place = self.scopes.iter().rev().find_map(|scope| scope.variables.get(name).copied());
+                let Some(Place::CallParam(at)) = place else {
+                    return self.fail(format!("no parameter `{name}`"));
+                };
+                places.push(at);
             }
-            return self.fail(format!("{} is not defined here", routine.name));
+            let op = match (routine.name, &places[..]) {
+                ("vprintf", &[result, format, list]) => {
+                    Op::Print { params: [format, list], result: Some(result) }
+                }
+                ("vprintf", &[format, list]) => Op::Print { params: [format, list], result: None },
+                ("__assertfail", &[message, file, line, function, _]) => {
+                    Op::Assertion([message, file, line, function])
+                }
+                _ => return self.fail(format!("{} is not defined here", routine.name)),
+            };
+            self.push(op);
+            return Ok(());
         }
         if self.calls.contains(&routine.name) {
             return self.fail(format!("{} calls itself, which is not run", routine.name));
