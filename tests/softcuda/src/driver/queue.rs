@@ -297,6 +297,7 @@ impl Device {
         if operation.work.leaves_the_device() {
             machine.lanes[lane].running = true;
             machine = self.execute_outside(machine, &operation);
+            machine.host_functions -= usize::from(matches!(operation.work, Work::Host { .. }));
             machine.lanes[lane].running = false;
         } else {
             machine.execute(&operation);

@@ -378,8 +378,7 @@ impl Machine {
 
 impl Device {
     /// Runs an operation that leaves the device: its lock is open meanwhile.
-    pub fn execute_outside<'a>(&'a self, mut machine: Guard<'a>, operation: &Operation) -> Guard<'a> {
-        machine.host_functions -= usize::from(matches!(operation.work, Work::Host { .. }));
+    pub fn execute_outside<'a>(&'a self, machine: Guard<'a>, operation: &Operation) -> Guard<'a> {
         let dropped = machine.contexts.get(&operation.context).is_none_or(|context| context.poison.is_some());
         if dropped {
             return machine;
