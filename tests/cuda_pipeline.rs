@@ -10,7 +10,7 @@ use c2c::{
         cpu::{Cpu, Schedule, Simd},
         cuda::Cuda,
     },
-    engine::SamplingParams,
+    engine::{Rules, SamplingParams},
     fuser::{FusionMode, GateOverride},
     model::Goal,
     pipeline::{
@@ -208,7 +208,7 @@ fn every_failure_of_the_driver_is_an_error_or_made_good_and_leaks_nothing() {
                 Ok(answer) => assert_eq!(answer, expected, "{kind:?} {n} of {calls}"),
                 Err(error) => {
                     errors += 1;
-                    assert!(error.contains("cuda"), "{kind:?} {n} of {calls}: {error}");
+                    assert!(error.to_lowercase().contains("cuda"), "{kind:?} {n} of {calls}: {error}");
                 }
             }
             // After a fault in a kernel the driver refuses to free: what is left goes with the context.
@@ -241,4 +241,37 @@ fn unfit_devices_are_refused_with_the_reason() {
     let error = reach(&soft).unwrap_err();
     assert!(error.contains("driver is older"), "{error}");
     assert_eq!(soft.leaks(), Vec::<String>::new());
+}
+
+#[test]
+fn a_gpu_draws_what_the_host_would() {
+    let Some(gpu) = device::gpu() else { return };
+    let session =
+        Session::open_on(gpu.backend.clone(), options(ComputeType::Bf16, Overlap::Off), &|_, _, _| {});
+    let session = session.unwrap();
+    let plain = SamplingParams { max_new_tokens: 12, ignore_eos: true, ..SamplingParams::default() };
+    let warm = SamplingParams { temperature: 1.3, seed: 11, ..plain.clone() };
+    let published = Rules::Published;
+    for params in [
+        plain,
+        warm.clone(),
+        SamplingParams { top_k: Some(7), ..warm.clone() },
+        SamplingParams { top_p: 0.8, ..warm.clone() },
+        SamplingParams { top_k: Some(40), top_p: 0.6, min_p: 0.05, ..warm.clone() },
+        SamplingParams { top_p: 0.5, rules: published, ..warm.clone() },
+        SamplingParams { min_p: 0.2, temperature: 0.7, ..warm.clone() },
+        // Beyond what the device ranks: drawn on the host.
+        SamplingParams { top_p: 0.9999, temperature: 20.0, ..warm.clone() },
+        SamplingParams { repetition_penalty: 1.2, ..warm },
+    ] {
+        // The host draws where scores are kept.
+        let [drawn, host] = [false, true].map(|keep_scores| {
+            let mut link = session.link(ROOM, &[ROOM]).unwrap();
+            let (logits, _) = link.prefill(&prompt(), WantedLogits::Last).unwrap();
+            let stream = Stream { detokenizer: None, on_text: &mut |_| {}, keep_scores };
+            generate(&mut link.receiver, logits, &params, stream).unwrap().tokens
+        });
+        assert_eq!(gpu.fault(), None, "{params:?}");
+        assert_eq!(drawn, host, "{params:?}");
+    }
 }

@@ -24,7 +24,10 @@ pub use event::{Event, Graph};
 pub use launch::Launch;
 pub use module::{MODULES, Module};
 
-use super::{Backend, DType, Error, Event as AnyEvent, Graph as AnyGraph, Precision, Shape, Storage, Tensor};
+use super::{
+    Backend, DType, DrawTokens, Error, Event as AnyEvent, Graph as AnyGraph, Precision, Shape, Storage,
+    Tensor,
+};
 use crate::ops;
 use arena::Arena;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, sys};
@@ -443,6 +446,21 @@ impl Backend for Cuda {
         }
         plan.launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
         plan.copies.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
+    }
+
+    fn draw_tokens(&self) -> Option<&dyn DrawTokens> {
+        Some(self)
+    }
+}
+
+impl DrawTokens for Cuda {
+    fn scratch_len(&self, rows: usize, vocab: usize, k: usize) -> usize {
+        sample::scratch_len(rows as u32, vocab as u32, k as u32)
+    }
+
+    fn sample(&self, queue: usize, operands: &ops::SampleOperands) {
+        let (launches, args) = sample::sample(operands);
+        launches.iter().for_each(|launch| self.launch(queue, launch, &args));
     }
 }
 
