@@ -23,6 +23,8 @@ pub struct Format {
 
 pub const F16: Format = Format { exponent: 5, mantissa: 10 };
 pub const BF16: Format = Format { exponent: 8, mantissa: 7 };
+/// Kept in the upper bits of 32, the rest zeros.
+pub const TF32: Format = Format { exponent: 8, mantissa: 10 };
 pub const F32: Format = Format { exponent: 8, mantissa: 23 };
 pub const F64: Format = Format { exponent: 11, mantissa: 52 };
 
@@ -164,7 +166,7 @@ fn to_odd(value: f64, error: f64) -> f64 {
     f64::from_bits(if away { bits + 1 } else { bits - 1 })
 }
 
-/// Sums, products, quotients and roots of numbers of at most 24 bits, as f64 rounded to odd.
+/// Sums, quotients and roots of numbers of at most 24 bits, as f64 rounded to odd.
 pub mod exact {
     use super::to_odd;
 
@@ -173,11 +175,6 @@ pub mod exact {
         let part = sum - a;
         let error = (a - (sum - part)) + (b - part);
         to_odd(sum, error)
-    }
-
-    /// The product of two such numbers has at most 48 bits.
-    pub fn fma(a: f64, b: f64, c: f64) -> f64 {
-        add(a * b, c)
     }
 
     pub fn divide(a: f64, b: f64) -> f64 {
@@ -221,6 +218,13 @@ impl Mode {
     pub fn operand(self, bits: u64) -> u64 {
         let bits = if self.format == F64 { bits } else { bits & ((1 << self.format.bits()) - 1) };
         if self.flush { self.format.flushed(bits) } else { bits }
+    }
+
+    /// The bits of a sum. What cancels is +0, and −0 where rounding goes down.
+    pub fn sum(self, a: f64, b: f64) -> u64 {
+        let sum = exact::add(a, b);
+        let cancels = sum == 0.0 && a.is_sign_negative() != b.is_sign_negative();
+        self.output(if cancels && self.rounding == Rounding::Down { -0.0 } else { sum })
     }
 
     /// The result's bits, from a value that was rounded to odd.

@@ -138,6 +138,16 @@ pub fn dot_bytes(a: u64, b: u64, c: u64, a_signed: bool, b_signed: bool) -> u64 
     (c as u32).wrapping_add(sum as u32).into()
 }
 
+/// The dot product of two halves with two bytes from byte `first` on, plus `c` (`dp2a`).
+pub fn dot_halves(a: u64, b: u64, c: u64, first: u64, a_signed: bool, b_signed: bool) -> u64 {
+    let part = |value: u64, bits: u32, place: u64, is_signed: bool| {
+        let part = value >> (u64::from(bits) * place) & mask(bits);
+        if is_signed { signed(part, bits) } else { part as i64 }
+    };
+    let sum: i64 = (0..2).map(|at| part(a, 16, at, a_signed) * part(b, 8, first + at, b_signed)).sum();
+    (c as u32).wrapping_add(sum as u32).into()
+}
+
 /// `bfind`: the place of the highest bit that is not the sign, or all ones.
 pub fn find_top(a: u64, bits: u32, is_signed: bool, as_shift: bool) -> u64 {
     let a = if is_signed && signed(a, bits) < 0 { !a } else { a } & mask(bits);

@@ -341,6 +341,23 @@ impl<'r, 'g> Runner<'r, 'g> {
                 let mask = combined(*logic, self.warp.holds(*a), self.warp.holds(*b));
                 self.warp.put_predicate(*d, lanes, mask);
             }
+            Op::Carry { d, ab: [a, b], subtract, bits, reads, writes } => {
+                let carries = reads.map_or(0, |register| self.warp.predicates[register as usize]);
+                let mask = crate::arith::integer::mask(*bits);
+                let (a, b) = (self.row(*a), self.row(*b));
+                let mut out = 0u32;
+                let row = std::array::from_fn(|lane| {
+                    let (a, b) = (u128::from(a[lane] & mask), u128::from(b[lane] & mask));
+                    let carry = u128::from(carries >> lane & 1);
+                    let wide = if *subtract { a.wrapping_sub(b + carry) } else { a + b + carry };
+                    out |= u32::from(wide >> bits != 0) << lane;
+                    wide as u64 & mask
+                });
+                self.warp.put(*d, lanes, &row);
+                if let Some(writes) = writes {
+                    self.warp.put_predicate(*writes, lanes, out);
+                }
+            }
             Op::Special(d, special) => {
                 let row = self.special(*special);
                 self.warp.put(*d, lanes, &row);

@@ -17,8 +17,8 @@ pub struct Op<'a> {
 
 /// Allocations begin at multiples of this, bytes.
 const ALIGN: u64 = 256;
-/// Bytes between allocations that belong to none.
-const RED_ZONE: u64 = 256;
+/// Bytes between allocations that belong to none. Only addresses are spent, so strides may be long.
+const RED_ZONE: u64 = 1 << 20;
 const FIRST: u64 = 0x7_0000_0000;
 /// Cards move memory in sectors of so many bytes.
 pub(crate) const SECTOR: u64 = 32;

@@ -182,6 +182,15 @@ pub enum Op {
         p: Predicate,
     },
     Logic(Logic, Register, [Predicate; 2]),
+    /// A sum or difference with a carry or borrow from a predicate register, and to one.
+    Carry {
+        d: Register,
+        ab: [Source; 2],
+        subtract: bool,
+        bits: u32,
+        reads: Option<Register>,
+        writes: Option<Register>,
+    },
     Special(Register, Special),
     /// Low parts first, each of `bits`.
     Pack {

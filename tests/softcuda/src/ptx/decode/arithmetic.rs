@@ -1,7 +1,7 @@
 //! Opcodes that compute each lane by itself, as functions of rows.
 
 use super::Opcode;
-use crate::arith::float::{self, BF16, F16, F32, F64, Format, Mode, Rounding, exact};
+use crate::arith::float::{self, BF16, F16, F32, F64, Format, Mode, Rounding, TF32, exact};
 use crate::arith::{convert, integer};
 use crate::ptx::code::{Map1, Map2, Map3, Map4, map1, map2, map3, map4};
 use crate::ptx::types::{Class, Type};
@@ -30,6 +30,9 @@ pub fn function(op: &Opcode) -> Option<Function> {
         return conversion(op);
     }
     let ty = op.types.first().copied()?;
+    if op.types.len() > 1 && !matches!(op.name, "slct" | "dp4a" | "dp2a") {
+        return None;
+    }
     if ty.bits > 64 {
         return None;
     }
@@ -44,7 +47,8 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
     let mask = integer::mask(bits);
     let is_signed = ty.is_signed();
     let saturate = op.has("sat");
-    if saturate && !(matches!(op.name, "add" | "sub") && is_signed && bits == 32) {
+    let saturates = matches!(op.name, "add" | "sub") || op.name == "mad" && op.has("hi");
+    if saturate && !(saturates && is_signed && bits == 32) {
         return None;
     }
     let clamp = |value: i64| value.clamp(i32::MIN.into(), i32::MAX.into()) as u32 as u64;
@@ -53,7 +57,7 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
         "sub" if saturate => Two(map2(move |a, b| clamp(integer::signed(a, 32) - integer::signed(b, 32)))),
         "add" => Two(map2(move |a, b| a.wrapping_add(b) & mask)),
         "sub" => Two(map2(move |a, b| a.wrapping_sub(b) & mask)),
-        "mul" | "mul24" if op.has("wide") => {
+        "mul" if op.has("wide") => {
             let out = integer::mask(2 * bits);
             Two(map2(move |a, b| integer::product(a, b, bits, is_signed) as u64 & out))
         }
@@ -65,10 +69,23 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
             let out = integer::mask(2 * bits);
             Three(map3(move |a, b, c| (integer::product(a, b, bits, is_signed) as u64).wrapping_add(c) & out))
         }
+        "mad" if op.has("hi") && saturate => Three(map3(move |a, b, c| {
+            clamp((integer::product(a, b, 32, true) >> 32) as i64 + integer::signed(c, 32))
+        })),
         "mad" if op.has("hi") => Three(map3(move |a, b, c| {
             ((integer::product(a, b, bits, is_signed) >> bits) as u64).wrapping_add(c) & mask
         })),
         "mad" if op.has("lo") => Three(map3(move |a, b, c| a.wrapping_mul(b).wrapping_add(c) & mask)),
+        // The low or the high 32 bits of 48.
+        "mul24" | "mad24" if bits == 32 && op.has("hi") != op.has("lo") => {
+            let down = if op.has("hi") { 16 } else { 0 };
+            let part = move |a, b| (integer::product(a, b, 24, is_signed) >> down) as u64;
+            if op.name == "mul24" {
+                Two(map2(move |a, b| part(a, b) & mask))
+            } else {
+                Three(map3(move |a, b, c| part(a, b).wrapping_add(c) & mask))
+            }
+        }
         "div" => Two(map2(move |a, b| integer::divide(a, b, bits, is_signed))),
         "rem" => Two(map2(move |a, b| integer::remainder(a, b, bits, is_signed))),
         "abs" => One(map1(move |a| integer::signed(a, bits).wrapping_abs() as u64 & mask)),
@@ -126,6 +143,7 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
         "popc" => One(map1(move |a| u64::from((a & mask).count_ones()))),
         "prmt" => match op.modifiers.first() {
             Some(mode) => {
+                op.accept(&[mode]);
                 integer::permute_selector(mode, 0)?;
                 let mode = (*mode).to_owned();
                 Three(map3(move |a, b, c| {
@@ -139,8 +157,13 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
             let (a_signed, b_signed) = (is_signed, op.types.get(1)?.is_signed());
             Three(map3(move |a, b, c| integer::dot_bytes(a, b, c, a_signed, b_signed)))
         }
+        "dp2a" => {
+            let (a_signed, b_signed) = (is_signed, op.types.get(1)?.is_signed());
+            let first = if op.has("hi") { 2 } else { 0 };
+            let known = op.has("hi") || op.has("lo");
+            known.then(|| Three(map3(move |a, b, c| integer::dot_halves(a, b, c, first, a_signed, b_signed))))?
+        }
         "slct" => slct(op)?,
-        "set" => return None,
         _ => return None,
     })
 }
@@ -163,7 +186,10 @@ fn rounding(op: &Opcode) -> Rounding {
         () if op.has("rz") => Rounding::Zero,
         () if op.has("rm") => Rounding::Down,
         () if op.has("rp") => Rounding::Up,
-        () => Rounding::Nearest,
+        () => {
+            op.accept(&["rn"]);
+            Rounding::Nearest
+        }
     }
 }
 
@@ -214,14 +240,19 @@ fn floats(op: &Opcode, ty: Type) -> Option<Function> {
     let of = move |f: fn(f64) -> f64| halves1(pair, move |a| mode.output(f(mode.input(a))));
     Some(match op.name {
         "mov" => One(map1(move |a| a & mask)),
-        "add" => halves2(pair, move |a, b| mode.output(exact::add(mode.input(a), mode.input(b)))),
-        "sub" => halves2(pair, move |a, b| mode.output(exact::add(mode.input(a), -mode.input(b)))),
+        "add" => halves2(pair, move |a, b| mode.sum(mode.input(a), mode.input(b))),
+        "sub" => halves2(pair, move |a, b| mode.sum(mode.input(a), -mode.input(b))),
         "mul" => halves2(pair, move |a, b| mode.output(mode.input(a) * mode.input(b))),
+        // The product of two numbers of 24 bits is exact in f64.
         "fma" | "mad" => {
-            halves3(pair, move |a, b, c| mode.output(exact::fma(mode.input(a), mode.input(b), mode.input(c))))
+            halves3(pair, move |a, b, c| mode.sum(mode.input(a) * mode.input(b), mode.input(c)))
         }
         "div" if approx => {
             halves2(pair, move |a, b| mode.output(float::divide_approx(mode.input(a), mode.input(b))))
+        }
+        // A card's quotient is within two units in the last place; this is the right one.
+        "div" if op.has("full") => {
+            halves2(pair, move |a, b| mode.output(exact::divide(mode.input(a), mode.input(b))))
         }
         "div" => halves2(pair, move |a, b| mode.output(exact::divide(mode.input(a), mode.input(b)))),
         "rcp" => of(|a| exact::divide(1.0, a)),
@@ -291,11 +322,39 @@ fn doubles(op: &Opcode, mode: Mode) -> Option<Function> {
     })
 }
 
+/// `cvt.pack.sat.to.s32{.b32} d, a, b{, c}`: b saturated lowest, a above it, and above both the low bits of c.
+fn pack(op: &Opcode) -> Option<Function> {
+    let (to, rest) = op.types.split_first()?;
+    let target = (to.bits, to.is_signed());
+    let bits = to.bits;
+    let two = move |a, b| {
+        let one = |value| convert::integer(value, (32, true), target, true);
+        one(a) << bits | one(b)
+    };
+    match (rest, bits) {
+        ([from], 16) if from.is_signed() => Some(Two(map2(two))),
+        ([from, _], 8) if from.is_signed() => {
+            Some(Three(map3(move |a, b, c| (c << 16 | two(a, b)) & integer::mask(32))))
+        }
+        _ => None,
+    }
+}
+
 fn conversion(op: &Opcode) -> Option<Function> {
+    if op.has("pack") && op.has("sat") {
+        return pack(op);
+    }
+    if op.has("tf32") {
+        let rounding = if op.has("rna") { Rounding::Away } else { rounding(op) };
+        return Some(One(map1(move |a| TF32.round(F32.widen(a), rounding) << 13)));
+    }
     let [to, from] = op.types[..] else { return None };
     let whole = ["rni", "rzi", "rmi", "rpi"].into_iter().find(|mode| op.has(mode));
     let rounding = match whole.or(["rz", "rm", "rp", "rna"].into_iter().find(|mode| op.has(mode))) {
-        None | Some("rni") => Rounding::Nearest,
+        None | Some("rni") => {
+            op.accept(&["rn"]);
+            Rounding::Nearest
+        }
         Some("rzi" | "rz") => Rounding::Zero,
         Some("rmi" | "rm") => Rounding::Down,
         Some("rna") => Rounding::Away,

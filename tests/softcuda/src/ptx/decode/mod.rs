@@ -1,11 +1,13 @@
 //! Statements as instructions: names looked up, calls inlined, opcodes bound to what runs them.
 
 mod arithmetic;
+mod carry;
 pub(crate) use arithmetic::format_of;
 mod compare;
 mod memory;
 mod warp;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use super::Error;
@@ -21,6 +23,8 @@ pub struct Opcode<'a> {
     /// What is neither the name nor a type.
     pub modifiers: Vec<&'a str>,
     pub types: Vec<Type>,
+    /// The modifiers that something asked for, a bit each: the others are not understood.
+    understood: Cell<u32>,
 }
 
 impl<'a> Opcode<'a> {
@@ -34,11 +38,26 @@ impl<'a> Opcode<'a> {
                 None => modifiers.push(part.strip_suffix("::cta").unwrap_or(part)),
             }
         }
-        Opcode { name, modifiers, types }
+        Opcode { name, modifiers, types, understood: Cell::new(0) }
     }
 
     pub fn has(&self, modifier: &str) -> bool {
-        self.modifiers.contains(&modifier)
+        let found = self.modifiers.iter().position(|known| *known == modifier);
+        if let Some(place) = found {
+            self.understood.set(self.understood.get() | 1 << place);
+        }
+        found.is_some()
+    }
+
+    /// Takes note of modifiers that may stand there and change nothing.
+    pub fn accept(&self, modifiers: &[&str]) {
+        for modifier in modifiers {
+            self.has(modifier);
+        }
+    }
+
+    fn is_understood(&self) -> bool {
+        self.understood.get() == (1 << self.modifiers.len()) - 1
     }
 }
 
@@ -102,6 +121,8 @@ pub struct Decoder<'p, 'a> {
     calls: Vec<&'a str>,
     constants: HashMap<u64, u32>,
     symbols: HashMap<String, u32>,
+    /// The predicate register that stands for the condition code.
+    condition: Option<Register>,
     /// `.shared` variables of the module that were placed.
     shared: HashMap<&'a str, u32>,
     line: u32,
@@ -154,6 +175,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
             calls: Vec::new(),
             constants: HashMap::new(),
             symbols: HashMap::new(),
+            condition: None,
             shared: HashMap::new(),
             line: kernel.line,
             source: (0, 0),
@@ -472,8 +494,9 @@ impl<'p, 'a> Decoder<'p, 'a> {
             || self.compare(&op, statement)?
             || self.memory(&op, statement)?
             || self.warp(&op, statement)?
+            || self.carry(&op, statement)?
             || self.compute(&op, statement)?;
-        if !known {
+        if !known || !op.is_understood() {
             return Err(Error::Unsupported {
                 line: statement.line,
                 instruction: statement.opcode.to_owned(),
@@ -501,6 +524,10 @@ impl<'p, 'a> Decoder<'p, 'a> {
 
     fn control(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {
         let line = self.line;
+        match op.name {
+            "bra" | "brx" | "ret" | "call" => op.accept(&["uni", "idx"]),
+            _ => {}
+        }
         match op.name {
             "bra" => {
                 let [Operand::Name(label)] = statement.operands[..] else {
@@ -531,6 +558,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
             "brkpt" => drop(self.push(Op::Trap("brkpt"))),
             "call" => self.call(statement)?,
             "nanosleep" | "pmevent" | "prefetch" | "prefetchu" | "discard" | "applypriority" => {
+                op.accept(&op.modifiers);
                 self.push(Op::Nothing);
             }
             _ => return Ok(false),

@@ -11,6 +11,9 @@ use crate::ptx::types::{Class, Type};
 
 impl<'p, 'a> Decoder<'p, 'a> {
     pub(super) fn warp(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {
+        if matches!(op.name, "shfl" | "vote" | "match" | "redux" | "bar" | "barrier" | "mma") {
+            op.accept(&["sync", "aligned", "cta"]);
+        }
         match op.name {
             "shfl" if op.has("sync") => self.shuffle(op, statement),
             "vote" if op.has("sync") => self.vote(op, statement),
@@ -75,6 +78,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
 
     fn match_lanes(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {
         let Some(&Type { bits, .. }) = op.types.first() else { return Ok(false) };
+        op.accept(&["any"]);
         let [d, a, members] = self.operands(statement)?;
         let (d, agree) = self.pair(d)?;
         let [a, members] = [self.value(a, None)?, self.value(members, None)?];
