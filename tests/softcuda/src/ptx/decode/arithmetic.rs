@@ -122,6 +122,9 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
         "shr" => Two(map2(move |a, b| integer::shift_right(a, b, bits, is_signed))),
         "shf" => {
             let (left, wrap) = (op.has("l"), op.has("wrap"));
+            if op.has("r") == left || op.has("clamp") == wrap {
+                return None;
+            }
             Three(map3(move |a, b, c| integer::funnel(a, b, c, left, wrap)))
         }
         "bfe" => Three(map3(move |a, b, c| integer::extract(a, b, c, bits, is_signed))),
@@ -161,7 +164,9 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
             let (a_signed, b_signed) = (is_signed, op.types.get(1)?.is_signed());
             let first = if op.has("hi") { 2 } else { 0 };
             let known = op.has("hi") || op.has("lo");
-            known.then(|| Three(map3(move |a, b, c| integer::dot_halves(a, b, c, first, a_signed, b_signed))))?
+            known.then(|| {
+                Three(map3(move |a, b, c| integer::dot_halves(a, b, c, first, a_signed, b_signed)))
+            })?
         }
         "slct" => slct(op)?,
         _ => return None,
@@ -229,6 +234,11 @@ fn floats(op: &Opcode, ty: Type) -> Option<Function> {
     if format == F64 {
         return doubles(op, mode);
     }
+    let approx = op.has("approx");
+    if op.name == "div" {
+        // `.full` allows an error of two units in the last place, and has none here.
+        op.accept(&["full"]);
+    }
     if mode.is_plain_f32()
         && let Some(function) = plain_f32(op)
     {
@@ -236,7 +246,6 @@ fn floats(op: &Opcode, ty: Type) -> Option<Function> {
     }
     let pair = ty.pair;
     let mask = ty.mask();
-    let approx = op.has("approx");
     let of = move |f: fn(f64) -> f64| halves1(pair, move |a| mode.output(f(mode.input(a))));
     Some(match op.name {
         "mov" => One(map1(move |a| a & mask)),
@@ -244,15 +253,9 @@ fn floats(op: &Opcode, ty: Type) -> Option<Function> {
         "sub" => halves2(pair, move |a, b| mode.sum(mode.input(a), -mode.input(b))),
         "mul" => halves2(pair, move |a, b| mode.output(mode.input(a) * mode.input(b))),
         // The product of two numbers of 24 bits is exact in f64.
-        "fma" | "mad" => {
-            halves3(pair, move |a, b, c| mode.sum(mode.input(a) * mode.input(b), mode.input(c)))
-        }
+        "fma" | "mad" => halves3(pair, move |a, b, c| mode.sum(mode.input(a) * mode.input(b), mode.input(c))),
         "div" if approx => {
             halves2(pair, move |a, b| mode.output(float::divide_approx(mode.input(a), mode.input(b))))
-        }
-        // A card's quotient is within two units in the last place; this is the right one.
-        "div" if op.has("full") => {
-            halves2(pair, move |a, b| mode.output(exact::divide(mode.input(a), mode.input(b))))
         }
         "div" => halves2(pair, move |a, b| mode.output(exact::divide(mode.input(a), mode.input(b)))),
         "rcp" => of(|a| exact::divide(1.0, a)),

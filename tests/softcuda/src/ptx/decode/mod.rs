@@ -42,11 +42,10 @@ impl<'a> Opcode<'a> {
     }
 
     pub fn has(&self, modifier: &str) -> bool {
-        let found = self.modifiers.iter().position(|known| *known == modifier);
-        if let Some(place) = found {
-            self.understood.set(self.understood.get() | 1 << place);
-        }
-        found.is_some()
+        let places = self.modifiers.iter().enumerate().filter(|(_, known)| **known == modifier);
+        let mask = places.fold(0, |mask, (place, _)| mask | 1 << place);
+        self.understood.set(self.understood.get() | mask);
+        mask != 0
     }
 
     /// Takes note of modifiers that may stand there and change nothing.
