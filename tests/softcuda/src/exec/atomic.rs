@@ -4,7 +4,7 @@ use super::Problem;
 use super::access::aligned;
 use super::fault::Access;
 use super::warp::{Outcome, Runner, each};
-use crate::arith::float::{F64, Mode, exact, extreme, f64_of};
+use crate::arith::float::{F64, Mode, extreme, f64_of};
 use crate::arith::integer::{mask, signed};
 use crate::ptx::code::{Address, AtomicOp, LANES, Register, Source, Space};
 use crate::ptx::decode::format_of;
@@ -50,7 +50,7 @@ fn combine(op: AtomicOp, ty: Type, old: u64, b: u64, c: u64) -> u64 {
         AtomicOp::Add if ty.is_float() && ty.bits == 64 => (f64_of(old) + f64_of(b)).to_bits(),
         AtomicOp::Add if ty.is_float() => {
             let mode = Mode::of(format_of(ty));
-            let add = |a, b| mode.output(exact::add(mode.input(a), mode.input(b)));
+            let add = |a, b| mode.sum(mode.input(a), mode.input(b));
             if ty.pair { add(old & 0xffff, b & 0xffff) | add(old >> 16, b >> 16) << 16 } else { add(old, b) }
         }
         AtomicOp::Add => old.wrapping_add(b) & ty.mask(),

@@ -19,6 +19,8 @@ struct Barrier {
     threads: u32,
     /// How many threads it takes; none: all that still run.
     needed: Option<u32>,
+    /// The last arrival's instruction and its PTX line.
+    at: (u32, u32),
     /// Times seen by those who arrived.
     seen: Vec<u32>,
     /// Threads whose predicate holds, of `bar.red`.
@@ -170,6 +172,8 @@ fn release(shared: &mut Shared, warps: &mut [Warp], ready: &mut Vec<usize>) {
 /// A warp at a barrier.
 pub struct Arrival<'w> {
     pub barrier: usize,
+    /// The instruction and its PTX line.
+    pub at: (u32, u32),
     pub warp: u32,
     pub threads: u32,
     /// Whether it waits.
@@ -182,9 +186,9 @@ pub struct Arrival<'w> {
 
 impl Shared {
     /// # Errors
-    /// Arrivals that want different numbers of threads.
+    /// Arrivals that want different numbers of threads, or all of them but at different instructions.
     pub fn arrive(&mut self, arrival: Arrival) -> Result<(), Problem> {
-        let Arrival { barrier: number, warp, threads, waits, needed, seen, holds } = arrival;
+        let Arrival { barrier: number, at, warp, threads, waits, needed, seen, holds } = arrival;
         let Some(barrier) = self.barriers.get_mut(number) else {
             return Err(Problem::Trap { what: "a barrier number above 15" });
         };
@@ -192,6 +196,14 @@ impl Shared {
             let what = "arrivals at one barrier want different numbers of threads".to_owned();
             return Err(Problem::Deadlock { what });
         }
+        if barrier.threads > 0 && needed.is_none() && barrier.at != at {
+            let what = format!(
+                "a barrier of the whole block: other warps wait at PTX line {}, this one comes to another at line {}",
+                barrier.at.1, at.1
+            );
+            return Err(Problem::DivergentBarrier { what });
+        }
+        barrier.at = at;
         self.time += 1;
         seen[warp as usize] = self.time;
         barrier.needed = needed;

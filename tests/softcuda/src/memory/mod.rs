@@ -17,8 +17,8 @@ pub struct Op<'a> {
 
 /// Allocations begin at multiples of this, bytes.
 const ALIGN: u64 = 256;
-/// Bytes between allocations that belong to none.
-const RED_ZONE: u64 = 256;
+/// Bytes between allocations that belong to none. Only addresses are spent, so strides may be long.
+const RED_ZONE: u64 = 1 << 20;
 const FIRST: u64 = 0x7_0000_0000;
 /// Cards move memory in sectors of so many bytes.
 pub(crate) const SECTOR: u64 = 32;
@@ -64,6 +64,17 @@ impl DeviceMemory {
             sectors: vec![[0; 2]; bytes.div_ceil(SECTOR) as usize],
             freed_by: None,
         });
+        base
+    }
+
+    /// The same, by an operation that all who use the memory must come after.
+    pub fn alloc_by(&mut self, bytes: u64, op: &Op) -> u64 {
+        self.note(op);
+        let base = self.alloc(bytes);
+        let order = Order::new(op);
+        if let Some(allocation) = self.allocations.last_mut() {
+            allocation.shadow.begin(&Accessor { order: &order, thread: None });
+        }
         base
     }
 

@@ -296,6 +296,13 @@ impl Shadow {
         }
     }
 
+    /// The memory comes to be by an operation: all accesses must come after it, though it wrote nothing.
+    pub fn begin(&mut self, by: &Accessor) {
+        for cell in self.chunks.iter_mut().flat_map(|chunk| &mut chunk.cells) {
+            cell.writing = by.writing(false);
+        }
+    }
+
     /// Forgets everything but how fine the cells are.
     pub fn clear(&mut self) {
         for chunk in &mut self.chunks {
