@@ -1,7 +1,7 @@
 //! `atom` and `red` (PTX ISA 9.0): lanes in order, each a read, an operation and a write.
 
 use super::Problem;
-use super::access::aligned;
+use super::access::{aligned, resolve};
 use super::fault::Access;
 use super::warp::{Outcome, Runner, each};
 use crate::arith::float::{F64, Mode, extreme, f64_of};
@@ -33,6 +33,9 @@ impl Runner<'_, '_> {
             self.peek(space, addresses[lane], lane, &mut data[..bytes]).map_err(at)?;
             let old = u64::from_le_bytes(data);
             before[lane] = old;
+            if let (Space::Global, address) = resolve(space, addresses[lane]) {
+                self.shared.handover.atomic(address, self.block);
+            }
             let new = combine(op, ty, old, b[lane] & ty.mask(), c[lane] & ty.mask());
             self.put_bytes(space, addresses[lane], &new.to_le_bytes()[..bytes], lane, true).map_err(at)?;
         }

@@ -4,6 +4,7 @@ use super::warp::{Pause, Runner, Warp};
 use super::{Fault, Grid, Problem};
 use crate::counters::Counts;
 use crate::memory::DeviceMemory;
+use crate::memory::handover::Handover;
 use crate::memory::shadow::{Sets, Shadow};
 use crate::ptx::code::{BarrierReduction, LANES};
 
@@ -32,8 +33,9 @@ pub struct Shared {
     pub bytes: Vec<u8>,
     pub shadow: Shadow,
     pub sets: Sets,
-    /// Goes up with each arrival at a barrier.
+    /// Goes up with each arrival at a barrier and each fence.
     pub time: u32,
+    pub handover: Handover,
     barriers: [Barrier; BARRIERS],
 }
 
@@ -54,6 +56,7 @@ impl State {
                 shadow: Shadow::new(bytes),
                 sets: Sets::default(),
                 time: 0,
+                handover: Handover::default(),
                 barriers: Default::default(),
             },
             warps: (0..warps).map(|number| Warp::new(grid, number, threads)).collect(),
@@ -81,6 +84,7 @@ pub fn run(
     let State { shared, warps } = state;
     shared.shadow.clear();
     shared.time = 1;
+    shared.handover.begin_block();
     shared.barriers = Default::default();
     warps.iter_mut().for_each(|warp| warp.reset(warps_of(grid)));
     let mut random = grid.launch.seed ^ u64::from(number);

@@ -301,7 +301,12 @@ impl<'r, 'g> Runner<'r, 'g> {
             return Ok(Next::Step);
         }
         match &instruction.op {
-            Op::Nothing | Op::Fence => {}
+            Op::Nothing => {}
+            Op::Fence => {
+                self.shared.time += 1;
+                let time = self.shared.time;
+                self.shared.handover.fence(time);
+            }
             Op::Map1(f, d, a) => {
                 let row = f(self.row(*a));
                 self.warp.put(*d, lanes, &row);

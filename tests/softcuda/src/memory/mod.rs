@@ -1,5 +1,6 @@
 //! A device's memory, and the watch over it: bounds, lifetime, initialisation, order.
 
+pub(crate) mod handover;
 pub(crate) mod shadow;
 
 use std::collections::{BTreeMap, HashMap};

@@ -102,7 +102,8 @@ impl<'p, 'a> Decoder<'p, 'a> {
             }
             "membar" | "fence" => {
                 op.accept(&op.modifiers);
-                self.push(Op::Fence);
+                // Within a block barriers make the order; between blocks, fences and atomics.
+                self.push(if op.has("cta") { Op::Nothing } else { Op::Fence });
                 Ok(true)
             }
             _ => Ok(false),
@@ -168,6 +169,9 @@ impl<'p, 'a> Decoder<'p, 'a> {
         };
         let (b, c) = (self.value(b, Some(ty))?, self.value(c, Some(ty))?);
         let address = self.address(address)?;
+        if (op.has("release") || op.has("acq_rel")) && !op.has("cta") {
+            self.push(Op::Fence);
+        }
         self.push(Op::Atomic { space: space_of(op), op: kind, ty, d, address, b, c });
         Ok(true)
     }
