@@ -3,7 +3,7 @@
 use super::warp::{ALL, Runner};
 use crate::arith::float::{F16, Rounding, TF32, f32_bits};
 use crate::arith::integer::signed;
-use crate::ptx::code::{Element, LANES, Mma, Source};
+use crate::ptx::code::{Element, Mma, Source};
 
 /// Rows and columns of the result.
 const M: usize = 16;
@@ -51,10 +51,10 @@ impl Runner<'_, '_> {
     ) {
         for (r, source) in sources.iter().enumerate() {
             let values = self.row(*source);
-            for lane in 0..LANES {
+            for (lane, value) in values.iter().enumerate() {
                 for part in 0..per {
                     let (row, column) = place(lane, r, part, per);
-                    each(row, column, values[lane] >> (32 / per * part));
+                    each(row, column, value >> (32 / per * part));
                 }
             }
         }

@@ -20,6 +20,8 @@ pub struct Op<'a> {
 const ALIGN: u64 = 256;
 /// Bytes between allocations that belong to none. Only addresses are spent, so strides may be long.
 const RED_ZONE: u64 = 1 << 20;
+/// How far before an allocation an access is reported as before it, bytes.
+const NEAR: u64 = 4096;
 const FIRST: u64 = 0x7_0000_0000;
 /// Cards move memory in sectors of so many bytes.
 pub(crate) const SECTOR: u64 = 32;
@@ -164,9 +166,7 @@ impl DeviceMemory {
 
     /// Remembers the operation's name for reports about later ones.
     pub(crate) fn note(&mut self, op: &Op) {
-        if !self.names.contains_key(&op.id) {
-            self.names.insert(op.id, op.name.to_owned());
-        }
+        self.names.entry(op.id).or_insert_with(|| op.name.to_owned());
     }
 
     /// The allocation that has all of the bytes.
@@ -205,7 +205,7 @@ impl DeviceMemory {
                 .push(format!("ends {past} bytes past the end of {} bytes at {:#x}", found.size, found.base));
         }
         if let Some(found) = after
-            && found.base - address <= RED_ZONE
+            && found.base - address <= NEAR
         {
             let ahead = found.base - address;
             nearest.push(format!("{ahead} bytes before {} bytes at {:#x}", found.size, found.base));

@@ -196,7 +196,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
         let hints = |modifier: &&str| {
             matches!(*modifier, "async" | "ca" | "cg" | "shared" | "global") || modifier.starts_with("L2::")
         };
-        if !op.modifiers.iter().all(|modifier| hints(modifier)) || !op.types.is_empty() {
+        if !op.modifiers.iter().all(hints) || !op.types.is_empty() {
             return Ok(false);
         }
         let [to, from, Operand::Number(Literal::Int(bytes)), rest @ ..] = &statement.operands[..] else {
