@@ -30,8 +30,13 @@ pub struct Harness {
     /// Decides the order of warps.
     pub seed: u64,
     operations: u32,
-    /// Where the variables of modules lie, by the module's address in this process.
-    variables: BTreeMap<usize, BTreeMap<String, (u64, u64)>>,
+}
+
+/// A module whose variables are in a harness's memory.
+pub struct Loaded {
+    pub module: Module,
+    /// Name → (address, bytes).
+    pub variables: BTreeMap<String, (u64, u64)>,
 }
 
 impl Harness {
@@ -76,28 +81,30 @@ impl Harness {
         self.memory.free(address, &op)
     }
 
+    /// # Errors
+    /// An initial address of a variable that the module lacks.
+    pub fn load(&mut self, module: Module) -> Result<Loaded, Fault> {
+        let op = self.op("load module");
+        let variables = place_variables(&module, &mut self.memory, &op)?;
+        Ok(Loaded { module, variables })
+    }
+
     /// `params`: the arguments as the kernel lays them out.
     ///
     /// # Errors
     /// The first thing that is wrong with the launch or the kernel.
     pub fn launch(
         &mut self,
-        module: &Module,
+        loaded: &Loaded,
         kernel: &str,
         shape: Shape,
         params: &[u8],
     ) -> Result<Counts, Fault> {
-        let key = std::ptr::from_ref(module).addr();
-        if !self.variables.contains_key(&key) {
-            let op = self.op("load module");
-            let placed = place_variables(module, &mut self.memory, &op)?;
-            self.variables.insert(key, placed);
-        }
         let op = self.op(kernel);
         let launched = Launch {
-            module,
+            module: &loaded.module,
             kernel,
-            globals: &self.variables[&key],
+            globals: &loaded.variables,
             grid: shape.grid,
             block: shape.block,
             dynamic_shared: shape.shared,

@@ -246,6 +246,34 @@ fn freed_too_early_is_found_out_when_a_copy_comes_later() {
     }
 }
 
+/// Memory allocated in a stream is there in the order of that stream, and so is its end.
+#[test]
+fn allocations_are_ordered_by_their_stream() {
+    for seed in 0..8 {
+        for ordered in [true, false] {
+            let card = Card::new();
+            card.device.set_seed(seed);
+            let (one, two) = (card.stream(), card.stream());
+            card.context.bind_to_thread().unwrap();
+            // SAFETY: 16 bytes are there, in one stream's order.
+            let outcome = unsafe {
+                let at = result::malloc_async(one.cu_stream(), 16).unwrap();
+                if ordered {
+                    two.join(&one).unwrap();
+                }
+                let set = result::memset_d8_async(at, 1, 16, two.cu_stream());
+                if ordered {
+                    one.join(&two).unwrap();
+                }
+                set.and_then(|()| result::free_async(at, one.cu_stream()))
+                    .and_then(|()| card.context.synchronize())
+            };
+            assert_eq!(outcome.is_ok(), ordered, "seed {seed}");
+            assert_eq!(card.device.first_fault().is_none(), ordered);
+        }
+    }
+}
+
 #[test]
 fn what_is_not_given_back_is_told() {
     let card = Card::new();

@@ -496,3 +496,38 @@ fn launches_that_cannot_be() {
     assert!(card.launch(&module, &call("nothing", 1, 32, &[a, a])).is_err());
     card.launch(&module, &Call { shared: 1000, ..call("wrong", 1, 1024, &[a, a]) }).unwrap();
 }
+
+/// Each block writes its word, counts itself, and the last one adds up the words of all.
+fn last_block(fence: &str, count: &str) -> String {
+    format!(
+        "mad.wide.u32 %rd3, %r2, 4, %rd2; st.global.u32 [%rd3], %r2; {fence}
+         {count}
+         setp.ne.u32 %p1, %r5, 3; @%p1 bra OUT;
+         membar.gl;
+         ld.global.v4.u32 {{%r6, %r7, %r8, %r9}}, [%rd2];
+         add.u32 %r6, %r6, %r7; add.u32 %r6, %r6, %r8; add.u32 %r6, %r6, %r9;
+         st.global.u32 [%rd2+16], %r6; OUT:"
+    )
+}
+
+#[test]
+fn the_last_block_reads_what_the_others_wrote() {
+    let blocks = Run { blocks: 4, threads: 1, seed: 0 };
+    blocks.is_fine(&last_block("membar.gl;", "atom.global.add.u32 %r5, [%rd1], 1;"));
+    blocks.is_fine(&last_block("fence.acq_rel.gpu;", "atom.global.add.u32 %r5, [%rd1], 1;"));
+    blocks.is_fine(&last_block("", "atom.acq_rel.gpu.global.add.u32 %r5, [%rd1], 1;"));
+    assert_problem!(
+        blocks.fault(&last_block("", "atom.global.add.u32 %r5, [%rd1], 1;")),
+        Problem::Race { .. }
+    );
+    let block_only = last_block("membar.cta;", "atom.global.add.u32 %r5, [%rd1], 1;");
+    assert_problem!(blocks.fault(&block_only), Problem::Race { .. });
+    // Counted before it was written.
+    let late = "mad.wide.u32 %rd3, %r2, 4, %rd2; membar.gl; atom.global.add.u32 %r5, [%rd1], 1; st.global.u32 [%rd3], %r2;
+                setp.ne.u32 %p1, %r5, 3; @%p1 bra OUT; ld.global.v4.u32 {%r6, %r7, %r8, %r9}, [%rd2]; OUT:";
+    assert_problem!(blocks.fault(late), Problem::Race { .. });
+    // Another word is no sign.
+    let other =
+        last_block("membar.gl;", "mad.wide.u32 %rd4, %r2, 4, %rd1; atom.global.add.u32 %r5, [%rd4], 0;");
+    assert_problem!(blocks.fault(&other), Problem::Race { .. });
+}

@@ -1,6 +1,6 @@
 //! `cvt` (PTX ISA 9.0, "Data Movement and Conversion Instructions: cvt").
 
-use super::float::{F32, F64, Format, Rounding};
+use super::float::{BF16, F32, F64, Format, Rounding};
 use super::integer::{mask, signed};
 
 /// A rounding to whole numbers.
@@ -60,10 +60,27 @@ pub struct FloatToFloat {
     pub finite: bool,
 }
 
+/// To nearest, ties to even; the carry out of the mantissa goes into the exponent.
+fn narrow_to_bf16(bits: u32) -> u64 {
+    if f32::from_bits(bits).is_nan() {
+        return BF16.nan();
+    }
+    u64::from((bits + 0x7fff + (bits >> 16 & 1)) >> 16)
+}
+
 impl FloatToFloat {
+    /// The one conversion that kernels do all the time.
+    fn is_plain_narrowing_to_bf16(&self) -> bool {
+        let plain = !(self.whole || self.flush || self.saturate || self.relu || self.finite);
+        self.from == F32 && self.to == BF16 && self.rounding == Rounding::Nearest && plain
+    }
+
     pub fn apply(&self, value: u64) -> u64 {
         let FloatToFloat { from, to, .. } = *self;
         let value = value & mask(from.bits());
+        if self.is_plain_narrowing_to_bf16() {
+            return narrow_to_bf16(value as u32);
+        }
         let value = if self.flush && from == F32 { from.flushed(value) } else { value };
         let wide = from.widen(value);
         let wide = if self.whole { whole(wide, self.rounding) } else { wide };

@@ -23,6 +23,7 @@ pub struct Format {
 
 pub const F16: Format = Format { exponent: 5, mantissa: 10 };
 pub const BF16: Format = Format { exponent: 8, mantissa: 7 };
+/// Kept in the upper bits of 32, the rest zeros.
 pub const TF32: Format = Format { exponent: 8, mantissa: 10 };
 pub const F32: Format = Format { exponent: 8, mantissa: 23 };
 pub const F64: Format = Format { exponent: 11, mantissa: 52 };
@@ -90,6 +91,10 @@ impl Format {
     pub fn round(self, value: f64, rounding: Rounding) -> u64 {
         if value.is_nan() {
             return self.nan();
+        }
+        // The host rounds so itself, and faster.
+        if self == F32 && rounding == Rounding::Nearest {
+            return (value as f32).to_bits().into();
         }
         let bits = value.to_bits();
         let sign = if value.is_sign_negative() { self.sign() } else { 0 };
@@ -165,7 +170,7 @@ fn to_odd(value: f64, error: f64) -> f64 {
     f64::from_bits(if away { bits + 1 } else { bits - 1 })
 }
 
-/// Sums, products, quotients and roots of numbers of at most 24 bits, as f64 rounded to odd.
+/// Sums, quotients and roots of numbers of at most 24 bits, as f64 rounded to odd.
 pub mod exact {
     use super::to_odd;
 
@@ -219,11 +224,11 @@ impl Mode {
         if self.flush { self.format.flushed(bits) } else { bits }
     }
 
-    /// a + b, rounded to odd. Opposite numbers make −0 where results are rounded down.
-    pub fn sum(self, a: f64, b: f64) -> f64 {
+    /// The bits of a sum. What cancels is +0, and −0 where rounding goes down.
+    pub fn sum(self, a: f64, b: f64) -> u64 {
         let sum = exact::add(a, b);
-        let opposite = a.is_sign_negative() != b.is_sign_negative();
-        if sum == 0.0 && opposite && self.rounding == Rounding::Down { -0.0 } else { sum }
+        let cancels = sum == 0.0 && a.is_sign_negative() != b.is_sign_negative();
+        self.output(if cancels && self.rounding == Rounding::Down { -0.0 } else { sum })
     }
 
     /// The result's bits, from a value that was rounded to odd.

@@ -138,17 +138,13 @@ pub fn dot_bytes(a: u64, b: u64, c: u64, a_signed: bool, b_signed: bool) -> u64 
     (c as u32).wrapping_add(sum as u32).into()
 }
 
-/// The dot product of two halves with the low or the high two bytes of b, plus `c` (`dp2a`).
-pub fn dot_halves(a: u64, b: u64, c: u64, a_signed: bool, b_signed: bool, high: bool) -> u64 {
-    let half = |place: u64| {
-        let half = a >> (16 * place) & 0xffff;
-        if a_signed { signed(half, 16) } else { half as i64 }
+/// The dot product of two halves with two bytes from byte `first` on, plus `c` (`dp2a`).
+pub fn dot_halves(a: u64, b: u64, c: u64, first: u64, a_signed: bool, b_signed: bool) -> u64 {
+    let part = |value: u64, bits: u32, place: u64, is_signed: bool| {
+        let part = value >> (u64::from(bits) * place) & mask(bits);
+        if is_signed { signed(part, bits) } else { part as i64 }
     };
-    let byte = |place: u64| {
-        let byte = b >> (8 * place + if high { 16 } else { 0 }) & 0xff;
-        if b_signed { signed(byte, 8) } else { byte as i64 }
-    };
-    let sum = half(0) * byte(0) + half(1) * byte(1);
+    let sum: i64 = (0..2).map(|at| part(a, 16, at, a_signed) * part(b, 8, first + at, b_signed)).sum();
     (c as u32).wrapping_add(sum as u32).into()
 }
 

@@ -76,6 +76,8 @@ pub enum Work {
         width: usize,
         count: usize,
     },
+    /// The point from which memory is there: it is given out when the call is made.
+    Allocate,
     Free(u64),
     Host {
         function: HostFunction,
@@ -94,6 +96,7 @@ impl Work {
             Work::Copy { to: Place::Device(_), .. } => "copy host to device",
             Work::Copy { .. } => "copy device to host",
             Work::Fill { .. } => "memset",
+            Work::Allocate => "cuMemAllocAsync",
             Work::Free(_) => "free",
             Work::Host { .. } => "host function",
         }
@@ -272,6 +275,17 @@ impl Machine {
         Ok(self.push(lane, needs, &learned, work))
     }
 
+    /// Device memory of `bytes` > 0 that comes to be in the stream's order.
+    pub fn allocate_in(&mut self, stream: u64, bytes: u64, context: u64) -> Outcome<u64> {
+        self.require_room(bytes)?;
+        self.enqueue_after(stream, Vec::new(), &Clock::default(), Work::Allocate)?;
+        let id = self.marks.len() as u32 - 1;
+        let op = memory::Op { id, happens_before: &|_| true, name: Work::Allocate.name() };
+        let address = self.memory.alloc_by(bytes, &op);
+        self.book(address, Allocation { context, bytes, variable: false });
+        Ok(address)
+    }
+
     /// Whether all of `[address, address + bytes)` lies in one allocation.
     pub fn is_allocated(&self, address: u64, bytes: u64) -> bool {
         self.allocation_around(address).is_some_and(|(base, found)| {
@@ -304,7 +318,7 @@ impl Machine {
         let op =
             memory::Op { id: operation.id, happens_before: &happens_before, name: operation.work.name() };
         match &operation.work {
-            Work::Nothing => {}
+            Work::Nothing | Work::Allocate => {}
             Work::Reach(reached) => reached.now(),
             Work::Copy { to: Place::Device(to), from: Place::Device(from), bytes } => {
                 self.memory.copy(*to, *from, *bytes as u64, &op)?;

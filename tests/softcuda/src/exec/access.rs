@@ -1,6 +1,7 @@
 //! Loads, stores and asynchronous copies: where an address lies, and what a warp's accesses cost.
 
 use super::Grid;
+use super::block::Shared;
 use super::fault::{Access, Problem};
 use super::warp::{Copy, Outcome, Runner, Warp, each};
 use crate::arith::integer::{mask, signed};
@@ -15,7 +16,7 @@ use crate::ptx::types::Type;
 const WIDEST: usize = 32;
 
 /// Where a generic address lies, and its offset there.
-fn resolve(space: Space, address: u64) -> (Space, u64) {
+pub fn resolve(space: Space, address: u64) -> (Space, u64) {
     if space != Space::Generic {
         return (space, address);
     }
@@ -30,7 +31,25 @@ fn resolve(space: Space, address: u64) -> (Space, u64) {
 /// A lane as the one who accesses memory. Not a method, so that it leaves the memory free to be changed.
 fn accessor<'a>(grid: &'a Grid, block: u32, time: u32, warp: &'a Warp, lane: usize) -> Accessor<'a> {
     let number = (warp.number as usize * LANES + lane) as u16;
-    Accessor { order: &grid.order, thread: Some(Thread { block, number, time, seen: &warp.seen }) }
+    Accessor {
+        order: &grid.order,
+        thread: Some(Thread { block, number, time, seen: &warp.seen, taken: None }),
+    }
+}
+
+/// The same for global memory, which other blocks access too.
+fn accessor_of_global<'a>(
+    grid: &'a Grid,
+    block: u32,
+    shared: &'a Shared,
+    warp: &'a Warp,
+    lane: usize,
+) -> Accessor<'a> {
+    let mut accessor = accessor(grid, block, shared.time, warp, lane);
+    if let Some(thread) = &mut accessor.thread {
+        thread.taken = Some(&shared.handover.taken);
+    }
+    accessor
 }
 
 impl Runner<'_, '_> {
@@ -147,7 +166,7 @@ impl Runner<'_, '_> {
                 Ok(())
             }
             Space::Generic | Space::Global | Space::Const => {
-                let by = accessor(self.grid, self.block, self.shared.time, self.warp, lane);
+                let by = accessor_of_global(self.grid, self.block, self.shared, self.warp, lane);
                 to.copy_from_slice(self.memory.check_read(address, bytes, used, &by)?);
                 Ok(())
             }
@@ -183,7 +202,7 @@ impl Runner<'_, '_> {
             }
             Space::Const => Err(Problem::Trap { what: "a store to constant memory" }),
             Space::Generic | Space::Global => {
-                let by = accessor(self.grid, self.block, self.shared.time, self.warp, lane);
+                let by = accessor_of_global(self.grid, self.block, self.shared, self.warp, lane);
                 self.memory.check_write(address, bytes, atomic, &by)?.copy_from_slice(from);
                 Ok(())
             }
@@ -330,7 +349,7 @@ impl Runner<'_, '_> {
             if read > 0 {
                 readers |= 1 << lane;
                 aligned(Space::Global, from[lane], whole, Access::Read).map_err(at)?;
-                let by = accessor(self.grid, self.block, self.shared.time, self.warp, lane);
+                let by = accessor_of_global(self.grid, self.block, self.shared, self.warp, lane);
                 let found = self.memory.check_read(from[lane], read as u64, u32::MAX, &by).map_err(at)?;
                 data[..read].copy_from_slice(found);
             }

@@ -1,10 +1,10 @@
 //! `atom` and `red` (PTX ISA 9.0): lanes in order, each a read, an operation and a write.
 
 use super::Problem;
-use super::access::aligned;
+use super::access::{aligned, resolve};
 use super::fault::Access;
 use super::warp::{Outcome, Runner, each};
-use crate::arith::float::{F64, Mode, exact, extreme, f64_of};
+use crate::arith::float::{F64, Mode, extreme, f64_of};
 use crate::arith::integer::{mask, signed};
 use crate::ptx::code::{Address, AtomicOp, LANES, Register, Source, Space};
 use crate::ptx::decode::format_of;
@@ -33,6 +33,9 @@ impl Runner<'_, '_> {
             self.peek(space, addresses[lane], lane, &mut data[..bytes]).map_err(at)?;
             let old = u64::from_le_bytes(data);
             before[lane] = old;
+            if let (Space::Global, address) = resolve(space, addresses[lane]) {
+                self.shared.handover.atomic(address, self.block);
+            }
             let new = combine(op, ty, old, b[lane] & ty.mask(), c[lane] & ty.mask());
             self.put_bytes(space, addresses[lane], &new.to_le_bytes()[..bytes], lane, true).map_err(at)?;
         }
@@ -50,7 +53,7 @@ fn combine(op: AtomicOp, ty: Type, old: u64, b: u64, c: u64) -> u64 {
         AtomicOp::Add if ty.is_float() && ty.bits == 64 => (f64_of(old) + f64_of(b)).to_bits(),
         AtomicOp::Add if ty.is_float() => {
             let mode = Mode::of(format_of(ty));
-            let add = |a, b| mode.output(exact::add(mode.input(a), mode.input(b)));
+            let add = |a, b| mode.sum(mode.input(a), mode.input(b));
             if ty.pair { add(old & 0xffff, b & 0xffff) | add(old >> 16, b >> 16) << 16 } else { add(old, b) }
         }
         AtomicOp::Add => old.wrapping_add(b) & ty.mask(),

@@ -4,6 +4,7 @@ use super::warp::{Pause, Runner, Warp};
 use super::{Fault, Grid, Problem};
 use crate::counters::Counts;
 use crate::memory::DeviceMemory;
+use crate::memory::handover::Handover;
 use crate::memory::shadow::{Sets, Shadow};
 use crate::ptx::code::{BarrierReduction, LANES};
 
@@ -19,6 +20,8 @@ struct Barrier {
     threads: u32,
     /// How many threads it takes; none: all that still run.
     needed: Option<u32>,
+    /// The last arrival's instruction and its PTX line.
+    at: (u32, u32),
     /// Times seen by those who arrived.
     seen: Vec<u32>,
     /// Threads whose predicate holds, of `bar.red`.
@@ -30,8 +33,9 @@ pub struct Shared {
     pub bytes: Vec<u8>,
     pub shadow: Shadow,
     pub sets: Sets,
-    /// Goes up with each arrival at a barrier.
+    /// Goes up with each arrival at a barrier and each fence.
     pub time: u32,
+    pub handover: Handover,
     barriers: [Barrier; BARRIERS],
 }
 
@@ -52,6 +56,7 @@ impl State {
                 shadow: Shadow::new(bytes),
                 sets: Sets::default(),
                 time: 0,
+                handover: Handover::default(),
                 barriers: Default::default(),
             },
             warps: (0..warps).map(|number| Warp::new(grid, number, threads)).collect(),
@@ -79,6 +84,7 @@ pub fn run(
     let State { shared, warps } = state;
     shared.shadow.clear();
     shared.time = 1;
+    shared.handover.begin_block();
     shared.barriers = Default::default();
     warps.iter_mut().for_each(|warp| warp.reset(warps_of(grid)));
     let mut random = grid.launch.seed ^ u64::from(number);
@@ -170,6 +176,8 @@ fn release(shared: &mut Shared, warps: &mut [Warp], ready: &mut Vec<usize>) {
 /// A warp at a barrier.
 pub struct Arrival<'w> {
     pub barrier: usize,
+    /// The instruction and its PTX line.
+    pub at: (u32, u32),
     pub warp: u32,
     pub threads: u32,
     /// Whether it waits.
@@ -182,9 +190,9 @@ pub struct Arrival<'w> {
 
 impl Shared {
     /// # Errors
-    /// Arrivals that want different numbers of threads.
+    /// Arrivals that want different numbers of threads, or all of them but at different instructions.
     pub fn arrive(&mut self, arrival: Arrival) -> Result<(), Problem> {
-        let Arrival { barrier: number, warp, threads, waits, needed, seen, holds } = arrival;
+        let Arrival { barrier: number, at, warp, threads, waits, needed, seen, holds } = arrival;
         let Some(barrier) = self.barriers.get_mut(number) else {
             return Err(Problem::Trap { what: "a barrier number above 15" });
         };
@@ -192,6 +200,14 @@ impl Shared {
             let what = "arrivals at one barrier want different numbers of threads".to_owned();
             return Err(Problem::Deadlock { what });
         }
+        if barrier.threads > 0 && needed.is_none() && barrier.at != at {
+            let what = format!(
+                "a barrier of the whole block: other warps wait at PTX line {}, this one comes to another at line {}",
+                barrier.at.1, at.1
+            );
+            return Err(Problem::DivergentBarrier { what });
+        }
+        barrier.at = at;
         self.time += 1;
         seen[warp as usize] = self.time;
         barrier.needed = needed;

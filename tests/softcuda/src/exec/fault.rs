@@ -35,8 +35,9 @@ pub enum Problem {
     /// Two accesses, one of them a write, that nothing orders.
     #[error("race: {access} at {address:#x} of {space} memory, and {other}")]
     Race { access: Access, space: &'static str, address: u64, other: String },
-    #[error("{what}: lanes {arrived:#010x} are here, lanes {missing:#010x} of the warp are not")]
-    DivergentBarrier { what: &'static str, arrived: u32, missing: u32 },
+    /// Threads that should be at one instruction are not.
+    #[error("{what}")]
+    DivergentBarrier { what: String },
     #[error("{access} of {bytes} bytes at {address:#x}, which {freed_by} freed")]
     UseAfterFree { access: Access, address: u64, bytes: u64, freed_by: String },
     #[error("{what}")]

@@ -264,8 +264,7 @@ impl<'r, 'g> Runner<'r, 'g> {
         if pause == Pause::Done && !self.warp.is_done() {
             let place = self.warp.place(self.block);
             let arrived = self.warp.groups[0].lanes;
-            let problem =
-                Problem::DivergentBarrier { what: missing, arrived, missing: self.warp.waiting() & !arrived };
+            let problem = parted(missing, arrived, self.warp.waiting() & !arrived);
             return Err(grid.fault(problem, Some(place)));
         }
         Ok((pause, limit - left))
@@ -286,7 +285,7 @@ impl<'r, 'g> Runner<'r, 'g> {
     fn all_lanes(&self, lanes: u32, what: &'static str) -> Outcome<bool> {
         let live = self.live(lanes);
         if live != ALL {
-            let problem = Problem::DivergentBarrier { what, arrived: lanes, missing: !lanes };
+            let problem = parted(what, lanes, !lanes);
             return Err((problem, lanes.trailing_zeros() as usize));
         }
         Ok(lanes == ALL)
@@ -302,7 +301,12 @@ impl<'r, 'g> Runner<'r, 'g> {
             return Ok(Next::Step);
         }
         match &instruction.op {
-            Op::Nothing | Op::Fence => {}
+            Op::Nothing => {}
+            Op::Fence => {
+                self.shared.time += 1;
+                let time = self.shared.time;
+                self.shared.handover.fence(time);
+            }
             Op::Map1(f, d, a) => {
                 let row = f(self.row(*a));
                 self.warp.put(*d, lanes, &row);
@@ -340,6 +344,23 @@ impl<'r, 'g> Runner<'r, 'g> {
             Op::Logic(logic, d, [a, b]) => {
                 let mask = combined(*logic, self.warp.holds(*a), self.warp.holds(*b));
                 self.warp.put_predicate(*d, lanes, mask);
+            }
+            Op::Carry { d, ab: [a, b], subtract, bits, reads, writes } => {
+                let carries = reads.map_or(0, |register| self.warp.predicates[register as usize]);
+                let mask = crate::arith::integer::mask(*bits);
+                let (a, b) = (self.row(*a), self.row(*b));
+                let mut out = 0u32;
+                let row = std::array::from_fn(|lane| {
+                    let (a, b) = (u128::from(a[lane] & mask), u128::from(b[lane] & mask));
+                    let carry = u128::from(carries >> lane & 1);
+                    let wide = if *subtract { a.wrapping_sub(b + carry) } else { a + b + carry };
+                    out |= u32::from(wide >> bits != 0) << lane;
+                    wide as u64 & mask
+                });
+                self.warp.put(*d, lanes, &row);
+                if let Some(writes) = writes {
+                    self.warp.put_predicate(*writes, lanes, out);
+                }
             }
             Op::Special(d, special) => {
                 let row = self.special(*special);
@@ -412,6 +433,7 @@ impl<'r, 'g> Runner<'r, 'g> {
                 self.counts.barriers += 1;
                 let arrival = Arrival {
                     barrier,
+                    at: (group.at, instruction.line),
                     warp: self.warp.number,
                     // Barriers count whole warps (PTX ISA, "bar"); a reduction counts threads.
                     threads: if needed.is_some() { LANES as u32 } else { self.warp.threads },
@@ -490,6 +512,11 @@ impl<'r, 'g> Runner<'r, 'g> {
             Special::One => uniform(1),
         }
     }
+}
+
+fn parted(what: &str, arrived: u32, missing: u32) -> Problem {
+    let what = format!("{what}: lanes {arrived:#010x} are here, lanes {missing:#010x} of the warp are not");
+    Problem::DivergentBarrier { what }
 }
 
 fn combined(logic: Logic, a: u32, b: u32) -> u32 {

@@ -1,5 +1,6 @@
 //! A device's memory, and the watch over it: bounds, lifetime, initialisation, order.
 
+pub(crate) mod handover;
 pub(crate) mod shadow;
 
 use std::collections::{BTreeMap, HashMap};
@@ -17,8 +18,10 @@ pub struct Op<'a> {
 
 /// Allocations begin at multiples of this, bytes.
 const ALIGN: u64 = 256;
-/// Bytes between allocations that belong to none.
-const RED_ZONE: u64 = 256;
+/// Bytes between allocations that belong to none. Only addresses are spent, so strides may be long.
+const RED_ZONE: u64 = 1 << 20;
+/// How far before an allocation an access is reported as before it, bytes.
+const NEAR: u64 = 4096;
 const FIRST: u64 = 0x7_0000_0000;
 /// Cards move memory in sectors of so many bytes.
 pub(crate) const SECTOR: u64 = 32;
@@ -64,6 +67,17 @@ impl DeviceMemory {
             sectors: vec![[0; 2]; bytes.div_ceil(SECTOR) as usize],
             freed_by: None,
         });
+        base
+    }
+
+    /// The same, by an operation that all who use the memory must come after.
+    pub fn alloc_by(&mut self, bytes: u64, op: &Op) -> u64 {
+        self.note(op);
+        let base = self.alloc(bytes);
+        let order = Order::new(op);
+        if let Some(allocation) = self.allocations.last_mut() {
+            allocation.shadow.begin(&Accessor { order: &order, thread: None });
+        }
         base
     }
 
@@ -152,9 +166,7 @@ impl DeviceMemory {
 
     /// Remembers the operation's name for reports about later ones.
     pub(crate) fn note(&mut self, op: &Op) {
-        if !self.names.contains_key(&op.id) {
-            self.names.insert(op.id, op.name.to_owned());
-        }
+        self.names.entry(op.id).or_insert_with(|| op.name.to_owned());
     }
 
     /// The allocation that has all of the bytes.
@@ -193,7 +205,7 @@ impl DeviceMemory {
                 .push(format!("ends {past} bytes past the end of {} bytes at {:#x}", found.size, found.base));
         }
         if let Some(found) = after
-            && found.base - address <= RED_ZONE
+            && found.base - address <= NEAR
         {
             let ahead = found.base - address;
             nearest.push(format!("{ahead} bytes before {} bytes at {:#x}", found.size, found.base));

@@ -8,6 +8,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 
 use super::Op;
+use super::handover::Taken;
 use crate::exec::{Access, Problem};
 
 /// Bytes of a chunk: one cell until an access needs finer ones.
@@ -31,6 +32,20 @@ pub struct Thread<'a> {
     pub time: u32,
     /// By warp: the time before which this thread's warp has seen its accesses.
     pub seen: &'a [u32],
+    /// What its block took over from other blocks; none where other blocks cannot come.
+    pub taken: Option<&'a Taken>,
+}
+
+impl Thread<'_> {
+    /// Whether what another block did at `time` is ordered before this thread's accesses.
+    fn took_over(&self, block: u32, time: u32) -> bool {
+        let Some(taken) = self.taken else { return false };
+        match block {
+            // Blocks run in order, so these are all that there were.
+            SEVERAL_BLOCKS => taken.len() == self.block as usize,
+            _ => taken.get(&block).is_some_and(|&until| time < until),
+        }
+    }
 }
 
 /// The operation that accesses memory, and what comes before it.
@@ -204,6 +219,9 @@ impl Accessor<'_> {
             return Ok(());
         }
         if writing.block != thread.block {
+            if thread.took_over(writing.block, writing.time) {
+                return Ok(());
+            }
             let other = Other::Block { number: writing.block, wrote: true };
             return Err(Finding::Race { other });
         }
@@ -230,6 +248,9 @@ impl Accessor<'_> {
         }
         let Some(thread) = &self.thread else { return Ok(()) };
         if reading.block != thread.block {
+            if thread.took_over(reading.block, reading.time) {
+                return Ok(());
+            }
             let other = match reading.block {
                 SEVERAL_BLOCKS => Other::SeveralBlocks,
                 number => Other::Block { number, wrote: false },
@@ -293,6 +314,13 @@ impl Shadow {
     pub fn new(bytes: usize) -> Shadow {
         Shadow {
             chunks: vec![Chunk { grain: CHUNK.trailing_zeros(), cells: vec![FRESH] }; bytes.div_ceil(CHUNK)],
+        }
+    }
+
+    /// The memory comes to be by an operation: all accesses must come after it, though it wrote nothing.
+    pub fn begin(&mut self, by: &Accessor) {
+        for cell in self.chunks.iter_mut().flat_map(|chunk| &mut chunk.cells) {
+            cell.writing = by.writing(false);
         }
     }
 

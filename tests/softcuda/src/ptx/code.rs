@@ -140,24 +140,40 @@ pub enum BarrierReduction {
     Or(Register),
 }
 
-/// `mma.sync` shapes with f32 sums.
+/// What a matrix product multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// 16 bits.
+    Float(Format),
+    Tf32,
+    Bytes {
+        a_signed: bool,
+        b_signed: bool,
+    },
+}
+
+impl Element {
+    /// Elements of a register.
+    pub fn per_register(self) -> usize {
+        match self {
+            Element::Float(_) => 2,
+            Element::Tf32 => 1,
+            Element::Bytes { .. } => 4,
+        }
+    }
+}
+
+/// `mma.sync`
 #[derive(Clone, Debug)]
 pub struct Mma {
-    pub shape: MmaShape,
-    /// Of the factors.
-    pub format: Format,
+    pub shape: &'static str,
+    pub element: Element,
     /// Sums in f16, two a register, instead of f32.
     pub narrow: bool,
     pub d: Vec<Register>,
     pub a: Vec<Source>,
     pub b: Vec<Source>,
     pub c: Vec<Source>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum MmaShape {
-    M16n8k8,
-    M16n8k16,
 }
 
 #[derive(Clone)]
@@ -182,6 +198,15 @@ pub enum Op {
         p: Predicate,
     },
     Logic(Logic, Register, [Predicate; 2]),
+    /// A sum or difference with a carry or borrow from a predicate register, and to one.
+    Carry {
+        d: Register,
+        ab: [Source; 2],
+        subtract: bool,
+        bits: u32,
+        reads: Option<Register>,
+        writes: Option<Register>,
+    },
     Special(Register, Special),
     /// Low parts first, each of `bits`.
     Pack {

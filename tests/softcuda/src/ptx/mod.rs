@@ -1,5 +1,6 @@
 //! PTX text, parsed and bound to what the interpreter runs.
 
+mod allocate;
 pub(crate) mod code;
 pub(crate) mod decode;
 mod lex;
@@ -96,7 +97,8 @@ pub fn parse(text: &str) -> Result<Module, Error> {
     let mut kernels = Vec::new();
     for routine in text.routines.iter().filter(|routine| routine.entry && routine.body.is_some()) {
         let program = Program { routines: &routines, variables: &variables };
-        let decoded = Decoder::decode(program, routine)?;
+        let mut decoded = Decoder::decode(program, routine)?;
+        allocate::allocate(&mut decoded.code);
         let (places, param_bytes) = decode::layout(&routine.params);
         let params = places.into_iter().map(|(offset, size, align)| Param { offset, size, align }).collect();
         kernels.push(Kernel {
@@ -145,19 +147,4 @@ fn variable(declared: &Declaration) -> Result<Variable, Error> {
         initial,
         addresses,
     })
-}
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn files() {
-        for entry in std::fs::read_dir("/work/scratch/softexec/ptx").unwrap() {
-            let path = entry.unwrap().path();
-            let text = std::fs::read_to_string(&path).unwrap();
-            let t = std::time::Instant::now();
-            match super::parse(&text) {
-                Err(e) => println!("{path:?} {e}"),
-                Ok(m) => println!("{path:?} {} {:?}", m.kernels.len(), t.elapsed()),
-            }
-        }
-    }
 }

@@ -484,7 +484,16 @@ impl<'a> Parser<'_, 'a> {
                 Some(Kind::Mark(';')) => self.at += 1,
                 Some(Kind::Word(".loc")) => self.loc()?,
                 Some(Kind::Word(".pragma")) => self.pragma()?,
-                Some(Kind::Word(".reg")) => self.registers(&mut items)?,
+                Some(Kind::Word(".reg")) => {
+                    self.at += 1;
+                    let kind = self.word()?;
+                    self.registers(kind, &mut items)?;
+                }
+                // The headers of half precision write it in one word.
+                Some(Kind::Word(word)) if word.starts_with(".reg.") => {
+                    self.at += 1;
+                    self.registers(&word[4..], &mut items)?;
+                }
                 Some(Kind::Word(".shared" | ".local" | ".param" | ".global" | ".const")) => {
                     items.extend(self.variables()?.into_iter().map(Item::Variable));
                 }
@@ -512,9 +521,8 @@ impl<'a> Parser<'_, 'a> {
         }
     }
 
-    fn registers(&mut self, items: &mut Vec<Item<'a>>) -> Result<(), Error> {
-        self.at += 1;
-        let kind = self.word()?.trim_start_matches('.');
+    fn registers(&mut self, kind: &'a str, items: &mut Vec<Item<'a>>) -> Result<(), Error> {
+        let kind = kind.trim_start_matches('.');
         loop {
             let name = self.word()?;
             let count = if self.take('<') {

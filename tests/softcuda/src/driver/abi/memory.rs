@@ -34,7 +34,10 @@ fn allocate(mut entered: Entered, bytes: usize, stream: Option<u64>) -> Outcome<
         entered.healthy()?;
     }
     let context = entered.context;
-    let address = entered.machine.allocate(bytes as u64, context)?;
+    let address = match stream {
+        Some(stream) => entered.machine.allocate_in(stream, bytes as u64, context)?,
+        None => entered.machine.allocate(bytes as u64, context)?,
+    };
     Ok((entered, address))
 }
 
@@ -49,8 +52,7 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> Statu
     })
 }
 
-/// The memory is there from the call on; that its uses come after the call in the stream's order is the
-/// program's duty.
+/// The address is there at once, the memory in the stream's order: a use elsewhere must be ordered after it.
 ///
 /// # Safety
 /// `address` may be written.

@@ -30,6 +30,9 @@ pub fn function(op: &Opcode) -> Option<Function> {
         return conversion(op);
     }
     let ty = op.types.first().copied()?;
+    if op.types.len() > 1 && !matches!(op.name, "slct" | "dp4a" | "dp2a") {
+        return None;
+    }
     if ty.bits > 64 {
         return None;
     }
@@ -44,8 +47,8 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
     let mask = integer::mask(bits);
     let is_signed = ty.is_signed();
     let saturate = op.has("sat");
-    let may_saturate = matches!(op.name, "add" | "sub") || matches!(op.name, "mad" | "mad24") && op.has("hi");
-    if saturate && !(may_saturate && is_signed && bits == 32) {
+    let saturates = matches!(op.name, "add" | "sub") || op.name == "mad" && op.has("hi");
+    if saturate && !(saturates && is_signed && bits == 32) {
         return None;
     }
     let clamp = |value: i64| value.clamp(i32::MIN.into(), i32::MAX.into()) as u32 as u64;
@@ -54,7 +57,6 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
         "sub" if saturate => Two(map2(move |a, b| clamp(integer::signed(a, 32) - integer::signed(b, 32)))),
         "add" => Two(map2(move |a, b| a.wrapping_add(b) & mask)),
         "sub" => Two(map2(move |a, b| a.wrapping_sub(b) & mask)),
-        "mul24" | "mad24" => product_of_24_bits(op, is_signed),
         "mul" if op.has("wide") => {
             let out = integer::mask(2 * bits);
             Two(map2(move |a, b| integer::product(a, b, bits, is_signed) as u64 & out))
@@ -67,13 +69,23 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
             let out = integer::mask(2 * bits);
             Three(map3(move |a, b, c| (integer::product(a, b, bits, is_signed) as u64).wrapping_add(c) & out))
         }
-        "mad" if saturate => Three(map3(move |a, b, c| {
+        "mad" if op.has("hi") && saturate => Three(map3(move |a, b, c| {
             clamp((integer::product(a, b, 32, true) >> 32) as i64 + integer::signed(c, 32))
         })),
         "mad" if op.has("hi") => Three(map3(move |a, b, c| {
             ((integer::product(a, b, bits, is_signed) >> bits) as u64).wrapping_add(c) & mask
         })),
         "mad" if op.has("lo") => Three(map3(move |a, b, c| a.wrapping_mul(b).wrapping_add(c) & mask)),
+        // The low or the high 32 bits of 48.
+        "mul24" | "mad24" if bits == 32 && op.has("hi") != op.has("lo") => {
+            let down = if op.has("hi") { 16 } else { 0 };
+            let part = move |a, b| (integer::product(a, b, 24, is_signed) >> down) as u64;
+            if op.name == "mul24" {
+                Two(map2(move |a, b| part(a, b) & mask))
+            } else {
+                Three(map3(move |a, b, c| part(a, b).wrapping_add(c) & mask))
+            }
+        }
         "div" => Two(map2(move |a, b| integer::divide(a, b, bits, is_signed))),
         "rem" => Two(map2(move |a, b| integer::remainder(a, b, bits, is_signed))),
         "abs" => One(map1(move |a| integer::signed(a, bits).wrapping_abs() as u64 & mask)),
@@ -110,6 +122,9 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
         "shr" => Two(map2(move |a, b| integer::shift_right(a, b, bits, is_signed))),
         "shf" => {
             let (left, wrap) = (op.has("l"), op.has("wrap"));
+            if op.has("r") == left || op.has("clamp") == wrap {
+                return None;
+            }
             Three(map3(move |a, b, c| integer::funnel(a, b, c, left, wrap)))
         }
         "bfe" => Three(map3(move |a, b, c| integer::extract(a, b, c, bits, is_signed))),
@@ -131,6 +146,7 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
         "popc" => One(map1(move |a| u64::from((a & mask).count_ones()))),
         "prmt" => match op.modifiers.first() {
             Some(mode) => {
+                op.accept(&[mode]);
                 integer::permute_selector(mode, 0)?;
                 let mode = (*mode).to_owned();
                 Three(map3(move |a, b, c| {
@@ -146,28 +162,15 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
         }
         "dp2a" => {
             let (a_signed, b_signed) = (is_signed, op.types.get(1)?.is_signed());
-            let high = op.has("hi");
-            Three(map3(move |a, b, c| integer::dot_halves(a, b, c, a_signed, b_signed, high)))
+            let first = if op.has("hi") { 2 } else { 0 };
+            let known = op.has("hi") || op.has("lo");
+            known.then(|| {
+                Three(map3(move |a, b, c| integer::dot_halves(a, b, c, first, a_signed, b_signed)))
+            })?
         }
         "slct" => slct(op)?,
         _ => return None,
     })
-}
-
-/// `mul24` and `mad24`: the low or the high 32 bits of the product's 48, for `mad24` plus c.
-fn product_of_24_bits(op: &Opcode, is_signed: bool) -> Function {
-    let high = op.has("hi");
-    let product = move |a: u64, b: u64| {
-        let product = integer::product(a, b, 24, is_signed);
-        (if high { product >> 16 } else { product }) as u32
-    };
-    if op.name == "mul24" {
-        return Two(map2(move |a, b| product(a, b).into()));
-    }
-    if op.has("sat") {
-        return Three(map3(move |a, b, c| (product(a, b) as i32).saturating_add(c as i32) as u32 as u64));
-    }
-    Three(map3(move |a, b, c| product(a, b).wrapping_add(c as u32).into()))
 }
 
 /// `slct.type.s32|f32 d, a, b, c`: a where c ≥ 0, else b (also for NaN).
@@ -188,7 +191,10 @@ fn rounding(op: &Opcode) -> Rounding {
         () if op.has("rz") => Rounding::Zero,
         () if op.has("rm") => Rounding::Down,
         () if op.has("rp") => Rounding::Up,
-        () => Rounding::Nearest,
+        () => {
+            op.accept(&["rn"]);
+            Rounding::Nearest
+        }
     }
 }
 
@@ -228,6 +234,11 @@ fn floats(op: &Opcode, ty: Type) -> Option<Function> {
     if format == F64 {
         return doubles(op, mode);
     }
+    let approx = op.has("approx");
+    if op.name == "div" {
+        // `.full` allows an error of two units in the last place, and has none here.
+        op.accept(&["full"]);
+    }
     if mode.is_plain_f32()
         && let Some(function) = plain_f32(op)
     {
@@ -235,17 +246,14 @@ fn floats(op: &Opcode, ty: Type) -> Option<Function> {
     }
     let pair = ty.pair;
     let mask = ty.mask();
-    let approx = op.has("approx");
     let of = move |f: fn(f64) -> f64| halves1(pair, move |a| mode.output(f(mode.input(a))));
     Some(match op.name {
         "mov" => One(map1(move |a| a & mask)),
-        "add" => halves2(pair, move |a, b| mode.output(mode.sum(mode.input(a), mode.input(b)))),
-        "sub" => halves2(pair, move |a, b| mode.output(mode.sum(mode.input(a), -mode.input(b)))),
+        "add" => halves2(pair, move |a, b| mode.sum(mode.input(a), mode.input(b))),
+        "sub" => halves2(pair, move |a, b| mode.sum(mode.input(a), -mode.input(b))),
         "mul" => halves2(pair, move |a, b| mode.output(mode.input(a) * mode.input(b))),
-        "fma" | "mad" => {
-            // The product of two numbers of at most 24 bits is exact.
-            halves3(pair, move |a, b, c| mode.output(mode.sum(mode.input(a) * mode.input(b), mode.input(c))))
-        }
+        // The product of two numbers of 24 bits is exact in f64.
+        "fma" | "mad" => halves3(pair, move |a, b, c| mode.sum(mode.input(a) * mode.input(b), mode.input(c))),
         "div" if approx => {
             halves2(pair, move |a, b| mode.output(float::divide_approx(mode.input(a), mode.input(b))))
         }
@@ -317,34 +325,39 @@ fn doubles(op: &Opcode, mode: Mode) -> Option<Function> {
     })
 }
 
-/// `cvt.pack.sat.d.s32[.b32]`: a above b, and c's low bits above both.
-fn packed_conversion(op: &Opcode) -> Option<Function> {
-    let [to, from, ..] = op.types[..] else { return None };
-    if from.bits != 32 || !from.is_signed() || to.is_float() || !op.has("sat") {
-        return None;
-    }
-    let each = move |a: u64| convert::integer(a, (32, true), (to.bits, to.is_signed()), true);
-    let two = move |a, b| each(a) << to.bits | each(b);
-    match (op.types.len(), to.bits) {
-        (2, 16) => Some(Two(map2(two))),
-        (3, 2..16) => Some(Three(map3(move |a, b, c| (two(a, b) | c << (2 * to.bits)) & integer::mask(32)))),
+/// `cvt.pack.sat.to.s32{.b32} d, a, b{, c}`: b saturated lowest, a above it, and above both the low bits of c.
+fn pack(op: &Opcode) -> Option<Function> {
+    let (to, rest) = op.types.split_first()?;
+    let target = (to.bits, to.is_signed());
+    let bits = to.bits;
+    let two = move |a, b| {
+        let one = |value| convert::integer(value, (32, true), target, true);
+        one(a) << bits | one(b)
+    };
+    match (rest, bits) {
+        ([from], 16) if from.is_signed() => Some(Two(map2(two))),
+        ([from, _], 8) if from.is_signed() => {
+            Some(Three(map3(move |a, b, c| (c << 16 | two(a, b)) & integer::mask(32))))
+        }
         _ => None,
     }
 }
 
 fn conversion(op: &Opcode) -> Option<Function> {
-    if op.has("pack") {
-        return packed_conversion(op);
+    if op.has("pack") && op.has("sat") {
+        return pack(op);
     }
-    let (to, from) = match op.types[..] {
-        [to, from] => (to, from),
-        // `tf32` is no type of registers.
-        [from] if op.has("tf32") && from.is_float() && from.bits == 32 => (from, from),
-        _ => return None,
-    };
+    if op.has("tf32") {
+        let rounding = if op.has("rna") { Rounding::Away } else { rounding(op) };
+        return Some(One(map1(move |a| TF32.round(F32.widen(a), rounding) << 13)));
+    }
+    let [to, from] = op.types[..] else { return None };
     let whole = ["rni", "rzi", "rmi", "rpi"].into_iter().find(|mode| op.has(mode));
     let rounding = match whole.or(["rz", "rm", "rp", "rna"].into_iter().find(|mode| op.has(mode))) {
-        None | Some("rni") => Rounding::Nearest,
+        None | Some("rni") => {
+            op.accept(&["rn"]);
+            Rounding::Nearest
+        }
         Some("rzi" | "rz") => Rounding::Zero,
         Some("rmi" | "rm") => Rounding::Down,
         Some("rna") => Rounding::Away,
@@ -369,7 +382,7 @@ fn conversion(op: &Opcode) -> Option<Function> {
     }
     let each = convert::FloatToFloat {
         from: format_of(from),
-        to: if op.has("tf32") { TF32 } else { format_of(to) },
+        to: format_of(to),
         rounding,
         whole: whole.is_some(),
         flush,
@@ -377,10 +390,6 @@ fn conversion(op: &Opcode) -> Option<Function> {
         relu: op.has("relu"),
         finite: op.has("satfinite"),
     };
-    if op.has("tf32") {
-        // The upper bits of a register.
-        return Some(One(map1(move |a| each.apply(a) << 13)));
-    }
     if to.pair && !from.pair {
         // The first source becomes the upper half.
         return Some(Two(map2(move |a, b| each.apply(a) << 16 | each.apply(b))));

@@ -160,7 +160,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
         Ok(true)
     }
 
-    fn fresh_predicate(&mut self) -> u32 {
+    pub(super) fn fresh_predicate(&mut self) -> u32 {
         self.code.predicates += 1;
         self.code.predicates - 1
     }
@@ -224,6 +224,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
 
     fn testp(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {
         let Some(&ty) = op.types.first() else { return Ok(false) };
+        op.accept(&["finite", "infinite", "number", "notanumber", "normal", "subnormal"]);
         let [d, a] = self.operands(statement)?;
         let format = format_of(ty);
         let magnitude = move |a: u64| a & integer::mask(format.bits()) & !format.sign();

@@ -90,6 +90,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
             "ldmatrix" => self.load_matrix(op, statement),
             "cvta" => self.convert_address(op, statement),
             "isspacep" => {
+                op.accept(&["global", "const", "shared", "local", "param", "param::entry"]);
                 let [p, a] = self.operands(statement)?;
                 let space = space_of(op);
                 let a = self.value(a, None)?;
@@ -100,7 +101,9 @@ impl<'p, 'a> Decoder<'p, 'a> {
                 Ok(true)
             }
             "membar" | "fence" => {
-                self.push(Op::Fence);
+                op.accept(&op.modifiers);
+                // Within a block barriers make the order; between blocks, fences and atomics.
+                self.push(if op.has("cta") { Op::Nothing } else { Op::Fence });
                 Ok(true)
             }
             _ => Ok(false),
@@ -112,6 +115,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
         if ty.bits > 64 || !op.modifiers.iter().all(|modifier| is_access_modifier(modifier)) {
             return Ok(false);
         }
+        op.accept(&op.modifiers);
         let [d, address] = self.operands(statement)?;
         let parts = if let Operand::Vector(parts) = d { &parts[..] } else { std::slice::from_ref(d) };
         let mut to = Vec::new();
@@ -129,6 +133,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
         if ty.bits > 64 || !op.modifiers.iter().all(|modifier| is_access_modifier(modifier)) {
             return Ok(false);
         }
+        op.accept(&op.modifiers);
         let [address, source] = self.operands(statement)?;
         let parts =
             if let Operand::Vector(parts) = source { &parts[..] } else { std::slice::from_ref(source) };
@@ -143,10 +148,14 @@ impl<'p, 'a> Decoder<'p, 'a> {
 
     fn atomic(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {
         let ([ty], Some(kind)) = (&op.types[..], atomic_op(op)) else { return Ok(false) };
+        op.accept(&["add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"]);
         let ty = *ty;
-        if ty.bits > 64 || op.modifiers.iter().any(|modifier| matches!(*modifier, "v2" | "v4" | "v8")) {
+        if ty.bits > 64 {
             return Ok(false);
         }
+        // The operation was found; spaces, scopes and orders change nothing here.
+        let plain = |modifier: &&&str| is_access_modifier(modifier) && !modifier.starts_with('v');
+        op.modifiers.iter().filter(plain).for_each(|modifier| op.accept(&[modifier]));
         let (d, rest) = if op.name == "red" {
             (None, &statement.operands[..])
         } else {
@@ -160,11 +169,15 @@ impl<'p, 'a> Decoder<'p, 'a> {
         };
         let (b, c) = (self.value(b, Some(ty))?, self.value(c, Some(ty))?);
         let address = self.address(address)?;
+        if (op.has("release") || op.has("acq_rel")) && !op.has("cta") {
+            self.push(Op::Fence);
+        }
         self.push(Op::Atomic { space: space_of(op), op: kind, ty, d, address, b, c });
         Ok(true)
     }
 
     fn copy_async(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {
+        op.accept(&op.modifiers);
         if op.has("commit_group") {
             self.push(Op::CommitCopies);
             return Ok(true);
@@ -183,7 +196,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
         let hints = |modifier: &&str| {
             matches!(*modifier, "async" | "ca" | "cg" | "shared" | "global") || modifier.starts_with("L2::")
         };
-        if !op.modifiers.iter().all(|modifier| hints(modifier)) || !op.types.is_empty() {
+        if !op.modifiers.iter().all(hints) || !op.types.is_empty() {
             return Ok(false);
         }
         let [to, from, Operand::Number(Literal::Int(bytes)), rest @ ..] = &statement.operands[..] else {
@@ -207,6 +220,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
         if !op.has("m8n8") || op.types.first().is_none_or(|ty| ty.bits != 16) {
             return Ok(false);
         }
+        op.accept(&["sync", "aligned", "shared"]);
         let [d, address] = self.operands(statement)?;
         let parts = if let Operand::Vector(parts) = d { &parts[..] } else { std::slice::from_ref(d) };
         let count =
@@ -224,6 +238,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
     }
 
     fn convert_address(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {
+        op.accept(&["global", "const", "shared", "local", "param", "param::entry"]);
         let [d, a] = self.operands(statement)?;
         let (d, ty) = self.target(d)?;
         let a: Source = match a {

@@ -1,13 +1,13 @@
 //! Statements as instructions: names looked up, calls inlined, opcodes bound to what runs them.
 
 mod arithmetic;
-pub(crate) use arithmetic::format_of;
 mod carry;
+pub(crate) use arithmetic::format_of;
 mod compare;
 mod memory;
-mod modifiers;
 mod warp;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use super::Error;
@@ -23,6 +23,8 @@ pub struct Opcode<'a> {
     /// What is neither the name nor a type.
     pub modifiers: Vec<&'a str>,
     pub types: Vec<Type>,
+    /// The modifiers that something asked for, a bit each: the others are not understood.
+    understood: Cell<u32>,
 }
 
 impl<'a> Opcode<'a> {
@@ -36,11 +38,25 @@ impl<'a> Opcode<'a> {
                 None => modifiers.push(part.strip_suffix("::cta").unwrap_or(part)),
             }
         }
-        Opcode { name, modifiers, types }
+        Opcode { name, modifiers, types, understood: Cell::new(0) }
     }
 
     pub fn has(&self, modifier: &str) -> bool {
-        self.modifiers.contains(&modifier)
+        let places = self.modifiers.iter().enumerate().filter(|(_, known)| **known == modifier);
+        let mask = places.fold(0, |mask, (place, _)| mask | 1 << place);
+        self.understood.set(self.understood.get() | mask);
+        mask != 0
+    }
+
+    /// Takes note of modifiers that may stand there and change nothing.
+    pub fn accept(&self, modifiers: &[&str]) {
+        for modifier in modifiers {
+            self.has(modifier);
+        }
+    }
+
+    fn is_understood(&self) -> bool {
+        self.understood.get() == (1 << self.modifiers.len()) - 1
     }
 }
 
@@ -104,10 +120,10 @@ pub struct Decoder<'p, 'a> {
     calls: Vec<&'a str>,
     constants: HashMap<u64, u32>,
     symbols: HashMap<String, u32>,
+    /// The predicate register that stands for the condition code.
+    condition: Option<Register>,
     /// `.shared` variables of the module that were placed.
     shared: HashMap<&'a str, u32>,
-    /// The condition code's carry, once an instruction needs it.
-    carry: Option<Register>,
     line: u32,
     source: (u32, u32),
 }
@@ -158,8 +174,8 @@ impl<'p, 'a> Decoder<'p, 'a> {
             calls: Vec::new(),
             constants: HashMap::new(),
             symbols: HashMap::new(),
+            condition: None,
             shared: HashMap::new(),
-            carry: None,
             line: kernel.line,
             source: (0, 0),
         };
@@ -473,14 +489,13 @@ impl<'p, 'a> Decoder<'p, 'a> {
         };
         let from = self.code.instructions.len();
         let op = Opcode::new(statement.opcode);
-        let known = modifiers::are_known(&op)
-            && (self.control(&op, statement)?
-                || self.carries(&op, statement)?
-                || self.compare(&op, statement)?
-                || self.memory(&op, statement)?
-                || self.warp(&op, statement)?
-                || self.compute(&op, statement)?);
-        if !known {
+        let known = self.control(&op, statement)?
+            || self.compare(&op, statement)?
+            || self.memory(&op, statement)?
+            || self.warp(&op, statement)?
+            || self.carry(&op, statement)?
+            || self.compute(&op, statement)?;
+        if !known || !op.is_understood() {
             return Err(Error::Unsupported {
                 line: statement.line,
                 instruction: statement.opcode.to_owned(),
@@ -508,6 +523,10 @@ impl<'p, 'a> Decoder<'p, 'a> {
 
     fn control(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {
         let line = self.line;
+        match op.name {
+            "bra" | "brx" | "ret" | "call" => op.accept(&["uni", "idx"]),
+            _ => {}
+        }
         match op.name {
             "bra" => {
                 let [Operand::Name(label)] = statement.operands[..] else {
@@ -538,6 +557,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
             "brkpt" => drop(self.push(Op::Trap("brkpt"))),
             "call" => self.call(statement)?,
             "nanosleep" | "pmevent" | "prefetch" | "prefetchu" | "discard" | "applypriority" => {
+                op.accept(&op.modifiers);
                 self.push(Op::Nothing);
             }
             _ => return Ok(false),

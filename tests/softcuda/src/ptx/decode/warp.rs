@@ -2,15 +2,19 @@
 
 use super::arithmetic::format_of;
 use super::{Decoder, Opcode};
+use crate::arith::float::F16;
 use crate::ptx::Error;
 use crate::ptx::code::{
-    BarrierKind, BarrierReduction, Mma, MmaShape, Op, ReduceOp, Register, ShuffleMode, Source, VoteMode,
+    BarrierKind, BarrierReduction, Element, Mma, Op, ReduceOp, Register, ShuffleMode, Source, VoteMode,
 };
 use crate::ptx::parse::{Operand, Statement};
 use crate::ptx::types::{Class, Type};
 
 impl<'p, 'a> Decoder<'p, 'a> {
     pub(super) fn warp(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {
+        if matches!(op.name, "shfl" | "vote" | "match" | "redux" | "bar" | "barrier" | "mma") {
+            op.accept(&["sync", "aligned", "cta", "pred"]);
+        }
         match op.name {
             "shfl" if op.has("sync") => self.shuffle(op, statement),
             "vote" if op.has("sync") => self.vote(op, statement),
@@ -75,6 +79,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
 
     fn match_lanes(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {
         let Some(&Type { bits, .. }) = op.types.first() else { return Ok(false) };
+        op.accept(&["any"]);
         let [d, a, members] = self.operands(statement)?;
         let (d, agree) = self.pair(d)?;
         let [a, members] = [self.value(a, None)?, self.value(members, None)?];
@@ -135,16 +140,33 @@ impl<'p, 'a> Decoder<'p, 'a> {
     }
 
     fn mma(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {
-        let shape = match () {
-            () if op.has("m16n8k16") => MmaShape::M16n8k16,
-            () if op.has("m16n8k8") => MmaShape::M16n8k8,
-            () => return Ok(false),
+        let shapes = [("m16n8k4", 4), ("m16n8k8", 8), ("m16n8k16", 16), ("m16n8k32", 32)];
+        let Some((shape, depth)) = shapes.into_iter().find(|(name, _)| op.has(name)) else {
+            return Ok(false);
         };
-        let [d_type, a_type, b_type, c_type] = op.types[..] else { return Ok(false) };
-        let halves = a_type == b_type && a_type.bits == 16 && a_type.is_float();
-        let narrow = d_type.bits == 16;
-        let sums = d_type == c_type && (d_type.bits == 32 || narrow && a_type.class == Class::Float);
-        if !halves || !sums || d_type.class != Class::Float || !op.has("row") || !op.has("col") {
+        // The 19-bit floats are no type of registers.
+        let (sums, element) = match op.types[..] {
+            [d, c] if d == c && op.has("tf32") => (d, Element::Tf32),
+            [d, a, b, c] if d == c && a.bits == 8 && b.bits == 8 => {
+                (d, Element::Bytes { a_signed: a.is_signed(), b_signed: b.is_signed() })
+            }
+            [d, a, b, c] if d == c && a == b && a.bits == 16 && a.is_float() => {
+                (d, Element::Float(format_of(a)))
+            }
+            _ => return Ok(false),
+        };
+        let per = element.per_register();
+        let narrow = sums.bits == 16;
+        let fits = match element {
+            Element::Float(format) => {
+                sums.class == Class::Float && (sums.bits == 32 || narrow && format == F16)
+            }
+            Element::Tf32 => sums.class == Class::Float && sums.bits == 32,
+            Element::Bytes { .. } => sums.is_signed() && sums.bits == 32,
+        };
+        // A lane has a quarter of each row; a has two halves of rows.
+        let k = depth / (4 * per);
+        if !fits || !(1..=2).contains(&k) || !op.has("row") || !op.has("col") {
             return Ok(false);
         }
         let [d, a, b, c] = self.operands(statement)?;
@@ -152,10 +174,9 @@ impl<'p, 'a> Decoder<'p, 'a> {
             Operand::Vector(parts) => &parts[..],
             single => std::slice::from_ref(single),
         };
-        let k = if shape == MmaShape::M16n8k16 { 2 } else { 1 };
-        let sums = if narrow { 2 } else { 4 };
+        let results = if narrow { 2 } else { 4 };
         let counts = [parts(d).len(), parts(a).len(), parts(b).len(), parts(c).len()];
-        if counts != [sums, 2 * k, k, sums] {
+        if counts != [results, 2 * k, k, results] {
             return self.fail("mma with a wrong number of registers");
         }
         let mut targets = Vec::new();
@@ -163,14 +184,11 @@ impl<'p, 'a> Decoder<'p, 'a> {
             targets.push(self.target(part)?.0);
         }
         let mut values = |operand: &'p Operand<'a>| {
-            parts(operand)
-                .iter()
-                .map(|part| self.value(part, Some(d_type)))
-                .collect::<Result<Vec<Source>, Error>>()
+            let values = parts(operand).iter().map(|part| self.value(part, Some(sums)));
+            values.collect::<Result<Vec<Source>, Error>>()
         };
         let (a, b, c) = (values(a)?, values(b)?, values(c)?);
-        let format = format_of(a_type);
-        self.push(Op::Mma(Box::new(Mma { shape, format, narrow, d: targets, a, b, c })));
+        self.push(Op::Mma(Box::new(Mma { shape, element, narrow, d: targets, a, b, c })));
         Ok(true)
     }
 }
