@@ -6,6 +6,7 @@
 //
 // Grid (tokens / tile, rows / tile, matrices), the matrices of one dtype; neighbours share the weights. Rows of plain
 // types begin at multiples of 16 bytes: linear_f32.cu takes the others.
+#define FOUR_LANES_A_ROW
 #include "blocks.cuh"
 #include "matmul.cuh"
 #include "parts.cuh"
