@@ -181,28 +181,43 @@ fn a_forgotten_event_is_a_race() {
     }
 }
 
-fn reach(soft: &Device) -> Result<(), String> {
+fn reach(soft: &Device) -> Result<Vec<u32>, String> {
     let backend: Arc<dyn Backend> = Cuda::open(soft.ordinal).map_err(|error| error.to_string())?;
-    run(&backend, ComputeType::Bf16, Overlap::Layers).map(|_| ()).map_err(|error| error.to_string())
+    run(&backend, ComputeType::Bf16, Overlap::Layers).map(|run| run.answer).map_err(|error| error.to_string())
 }
 
 #[test]
-fn every_failure_of_the_driver_is_an_error_and_leaks_nothing() {
+fn every_failure_of_the_driver_is_an_error_or_made_good_and_leaks_nothing() {
     let Some(soft) = device::soft() else { return };
-    reach(&soft).unwrap();
+    let expected = reach(&soft).unwrap();
     let calls = Kind::ALL.map(|kind| (kind, soft.calls_of(kind)));
     assert_eq!(soft.leaks(), Vec::<String>::new());
     drop(soft);
     for (kind, calls) in calls {
+        let mut errors = 0;
         // Every one of the first, then ever fewer: layers make the same calls again and again.
         let mut n = 1;
         while n <= calls {
             let soft = device::soft().unwrap();
             soft.fail_usual(kind, n);
-            let error = reach(&soft).expect_err(&format!("{kind:?} {n} of {calls} failed unnoticed"));
-            assert_eq!(soft.leaks(), Vec::<String>::new(), "{kind:?} {n} of {calls}: {error}");
-            n += 1 + n / 6;
+            if kind == Kind::Alloc {
+                // The first time, memory that is kept for later goes back, and it is tried again.
+                soft.fail_usual(kind, n + 1);
+            }
+            match reach(&soft) {
+                Ok(answer) => assert_eq!(answer, expected, "{kind:?} {n} of {calls}"),
+                Err(error) => {
+                    errors += 1;
+                    assert!(error.contains("cuda"), "{kind:?} {n} of {calls}: {error}");
+                }
+            }
+            // After a fault in a kernel the driver refuses to free: what is left goes with the context.
+            if soft.first_fault().is_none() {
+                assert_eq!(soft.leaks(), Vec::<String>::new(), "{kind:?} {n} of {calls}");
+            }
+            n += 1 + n / 2;
         }
+        assert!(errors > 0 || calls == 0, "no failing {kind:?} was noticed");
     }
 }
 

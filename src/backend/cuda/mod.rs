@@ -142,9 +142,17 @@ impl Cuda {
         self.processors
     }
 
-    /// Keeps a failure for whoever waits next.
-    fn note<T>(&self, what: impl FnOnce() -> String, result: Result<T, DriverError>) -> Option<T> {
-        match result {
+    /// Issues something, unless an earlier failure waits to be told: what would follow has no inputs. Keeps a failure for
+    /// whoever waits next.
+    fn issue<T>(
+        &self,
+        what: impl FnOnce() -> String,
+        issue: impl FnOnce() -> Result<T, DriverError>,
+    ) -> Option<T> {
+        if self.lock().failure.is_some() {
+            return None;
+        }
+        match issue() {
             Ok(value) => Some(value),
             Err(error) => {
                 self.lock().failure.get_or_insert_with(|| (what(), error.to_string()));
@@ -165,8 +173,10 @@ impl Cuda {
             return;
         }
         let stream = self.stream(queue);
-        let launched = launch.run(&self.kernels, &stream, args);
-        self.note(|| format!("launching `{}` as {launch}", launch.kernel), launched);
+        self.issue(
+            || format!("launching `{}` as {launch}", launch.kernel),
+            || launch.run(&self.kernels, &stream, args),
+        );
     }
 
     fn wait_for(&self, queue: usize) -> Result<(), Error> {
@@ -256,8 +266,11 @@ impl Backend for Cuda {
 
     fn upload(&self, queue: usize, bytes: &[u8], tensor: &Tensor) {
         assert_eq!(bytes.len(), tensor.bytes(), "upload of the wrong size");
-        let copied = self.staging.upload(&self.stream(queue), bytes, tensor.address());
-        self.note(|| format!("uploading {tensor:?}"), copied);
+        let stream = self.stream(queue);
+        self.issue(
+            || format!("uploading {tensor:?}"),
+            || self.staging.upload(&stream, bytes, tensor.address()),
+        );
     }
 
     fn download(&self, queue: usize, tensor: &Tensor, bytes: &mut [u8]) -> Result<(), Error> {
@@ -290,13 +303,16 @@ impl Backend for Cuda {
     }
 
     fn record(&self, queue: usize) -> AnyEvent {
-        let event = Event::record(&self.epoch, &self.context, &self.stream(queue));
-        AnyEvent::Cuda(self.note(|| "recording an event".into(), event).unwrap_or_default())
+        let stream = self.stream(queue);
+        let event =
+            self.issue(|| "recording an event".into(), || Event::record(&self.epoch, &self.context, &stream));
+        AnyEvent::Cuda(event.unwrap_or_default())
     }
 
     fn wait(&self, queue: usize, event: &AnyEvent) {
         if let AnyEvent::Cuda(event) = event {
-            self.note(|| "waiting for an event".into(), event.hold(&self.stream(queue)));
+            let stream = self.stream(queue);
+            self.issue(|| "waiting for an event".into(), || event.hold(&stream));
         }
     }
 
@@ -339,7 +355,7 @@ impl Backend for Cuda {
     fn replay(&self, queue: usize, graph: &AnyGraph) {
         debug_assert!(self.lock().capturing != Some(queue));
         if let AnyGraph::Cuda(graph) = graph {
-            self.note(|| "launching a graph".into(), graph.launch());
+            self.issue(|| "launching a graph".into(), || graph.launch());
         }
     }
 
@@ -419,9 +435,11 @@ impl Backend for Cuda {
     fn fuse(&self, queue: usize, p: ops::FuseParams, extent: ops::FuseExtent, operands: &ops::FuseOperands) {
         let plan = fuse::fuse(p, extent, operands, self.processors);
         if !plan.table.is_empty() {
-            let to = operands.scratch.address();
-            let copied = self.staging.upload(&self.stream(queue), &plan.table, to);
-            self.note(|| "uploading the fuser's table".into(), copied);
+            let (stream, to) = (self.stream(queue), operands.scratch.address());
+            self.issue(
+                || "uploading the fuser's table".into(),
+                || self.staging.upload(&stream, &plan.table, to),
+            );
         }
         plan.launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
         plan.copies.iter().for_each(|(launch, args)| self.launch(queue, launch, args));

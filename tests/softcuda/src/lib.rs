@@ -1,7 +1,7 @@
 //! A GPU in software: it runs the PTX that `nvcc` writes, thread by thread, and checks each memory access.
 
 mod arith;
-pub mod control;
+mod control;
 pub mod counters;
 pub mod driver;
 pub mod exec;
@@ -9,4 +9,4 @@ pub mod harness;
 pub mod memory;
 pub mod ptx;
 
-pub use control::{Device, KernelCounts, Kind, Report, SoftCuda, Status, install, try_install};
+pub use control::{Device, InstallError, KernelCounts, Kind, Report, SoftCuda, Status, install, try_install};

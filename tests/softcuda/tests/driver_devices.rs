@@ -22,6 +22,61 @@ fn the_driver_is_found_by_its_name() {
     assert_eq!(code(CudaContext::new(256)), CUresult::CUDA_ERROR_INVALID_DEVICE);
 }
 
+/// Every function that cudarc 0.19.10 calls for any CUDA version from 12.0 on; one that lacked would be a panic.
+#[test]
+fn every_function_that_cudarc_calls_is_there() {
+    let names = "cuCtxCreate_v3 cuCtxCreate_v4 cuCtxDestroy_v2 cuCtxGetCacheConfig cuCtxGetCurrent cuCtxGetLimit
+        cuCtxGetStreamPriorityRange cuCtxSetCacheConfig cuCtxSetCurrent cuCtxSetFlags cuCtxSetLimit
+        cuCtxSynchronize cuDestroyExternalMemory cuDeviceGet cuDeviceGetAttribute cuDeviceGetCount
+        cuDeviceGetDefaultMemPool cuDeviceGetMemPool cuDeviceGetName cuDeviceGetUuid cuDeviceGetUuid_v2
+        cuDevicePrimaryCtxRelease_v2 cuDevicePrimaryCtxRetain cuDeviceSetMemPool cuDeviceTotalMem_v2
+        cuEventCreate cuEventDestroy_v2 cuEventElapsedTime cuEventElapsedTime_v2 cuEventQuery cuEventRecord
+        cuEventSynchronize cuExternalMemoryGetMappedBuffer cuFuncGetAttribute cuFuncSetAttribute
+        cuFuncSetCacheConfig cuGetErrorName cuGetErrorString cuGraphDestroy cuGraphExecDestroy
+        cuGraphInstantiateWithFlags cuGraphLaunch cuGraphUpload cuImportExternalMemory cuInit
+        cuLaunchCooperativeKernel cuLaunchHostFunc cuLaunchKernel cuMemAdvise_v2 cuMemAllocAsync
+        cuMemAllocFromPoolAsync cuMemAllocManaged cuMemAlloc_v2 cuMemFreeAsync cuMemFreeHost cuMemFree_v2
+        cuMemGetInfo_v2 cuMemHostAlloc cuMemPoolCreate cuMemPoolDestroy cuMemPoolGetAttribute
+        cuMemPoolSetAttribute cuMemPoolTrimTo cuMemPrefetchAsync_v2 cuMemcpyDtoDAsync_v2 cuMemcpyDtoD_v2
+        cuMemcpyDtoHAsync_v2 cuMemcpyDtoH_v2 cuMemcpyHtoDAsync_v2 cuMemcpyHtoD_v2 cuMemcpyPeerAsync
+        cuMemsetD8Async cuMemsetD8_v2 cuModuleGetFunction cuModuleGetGlobal_v2 cuModuleLoad cuModuleLoadData
+        cuModuleUnload cuOccupancyAvailableDynamicSMemPerBlock cuOccupancyMaxActiveBlocksPerMultiprocessor
+        cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags cuOccupancyMaxActiveClusters
+        cuOccupancyMaxPotentialBlockSize cuOccupancyMaxPotentialBlockSizeWithFlags
+        cuOccupancyMaxPotentialClusterSize cuProfilerStart cuProfilerStop cuStreamAttachMemAsync
+        cuStreamBeginCapture_v2 cuStreamCreate cuStreamCreateWithPriority cuStreamDestroy_v2 cuStreamEndCapture
+        cuStreamIsCapturing cuStreamSynchronize cuStreamWaitEvent";
+    softcuda::install();
+    for name in names.split_whitespace() {
+        // SAFETY: only asked for, not called.
+        let found = unsafe { sys::culib().get::<*const ()>(name.as_bytes()).is_ok() };
+        assert!(found, "{name}");
+    }
+}
+
+/// A folder with a library that bears the driver's file name and is none.
+fn impostor() -> std::path::PathBuf {
+    let folder = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("impostor");
+    std::fs::create_dir_all(&folder).unwrap();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let some =
+        maps.lines().find_map(|line| line.split_whitespace().nth(5).filter(|path| path.contains("libgcc_s")));
+    std::fs::copy(some.expect("a test has libgcc_s loaded"), folder.join("libcuda.so")).unwrap();
+    folder
+}
+
+/// A process that finds the impostor where it looks for libraries, as one with a real driver installed does.
+#[test]
+fn a_driver_on_the_machine_is_not_taken() {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_driver_is_found_by_its_name"])
+        .env("LD_LIBRARY_PATH", impostor())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
 #[test]
 fn errors_have_names_and_sentences() {
     softcuda::install();
@@ -119,6 +174,23 @@ fn devices_are_independent() {
     for thread in threads {
         thread.join().unwrap();
     }
+}
+
+/// An address means memory of one device only.
+#[test]
+fn addresses_of_another_device_are_refused() {
+    let (a, b) = (Card::new(), Card::new());
+    let (here, there) = (a.stream(), b.stream());
+    let x = here.alloc_zeros::<u32>(64).unwrap();
+    here.synchronize().unwrap();
+    let at = cudarc::driver::DevicePtr::device_ptr(&x, &here).0;
+    b.context.bind_to_thread().unwrap();
+    // SAFETY: refused.
+    let refused = unsafe { result::memset_d8_async(at, 1, 4, there.cu_stream()) };
+    assert_eq!(code(refused), CUresult::CUDA_ERROR_INVALID_VALUE);
+    fill(&there, &b.kernel("fill_u32"), &x, 1).unwrap();
+    assert_eq!(code(there.synchronize()), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    assert_eq!(here.clone_dtoh(&x).unwrap(), [0; 64]);
 }
 
 /// A given-back device is lent again as new.

@@ -138,7 +138,7 @@ fn program(ordinal: usize) -> Result<Vec<u32>, DriverError> {
     unsafe { context.disable_event_tracking() };
     let kernel = context.load_module(Ptx::from_src(card::KERNELS))?.load_function("fill_u32")?;
     let stream = context.new_stream()?;
-    // SAFETY: zeros are numbers.
+    // SAFETY: any bits are a number.
     let mut pinned = unsafe { context.alloc_pinned_with_flags::<u32>(64, 0) }?;
     let mut x = stream.alloc_zeros::<u32>(64)?;
     stream.memcpy_htod(&pinned, &mut x)?;

@@ -411,3 +411,29 @@ fn contexts_of_one_device_have_streams_of_their_own() {
     drop(other);
     assert_eq!(card.device.leaks().len(), 1, "the event of the first context: {:?}", card.device.leaks());
 }
+
+/// Threads of the host use one device at a time, each its own streams, whatever they wait for.
+#[test]
+fn threads_share_a_device() {
+    for seed in 0..5 {
+        let card = Card::new();
+        card.device.set_seed(seed);
+        let kernel = card.kernel("fill_u32");
+        std::thread::scope(|scope| {
+            for thread in 0..4u32 {
+                let (card, kernel) = (&card, &kernel);
+                scope.spawn(move || {
+                    let (one, two) = (card.stream(), card.stream());
+                    let x = one.alloc_zeros::<u32>(16).unwrap();
+                    for round in 0..20 {
+                        fill(&one, kernel, &x, 100 * thread + round).unwrap();
+                        two.join(&one).unwrap();
+                        assert_eq!(two.clone_dtoh(&x).unwrap(), [100 * thread + round; 16]);
+                        one.join(&two).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(card.device.reports(), [], "seed {seed}");
+    }
+}

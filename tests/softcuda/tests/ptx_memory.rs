@@ -39,7 +39,7 @@ fn words(values: impl IntoIterator<Item = u32>) -> Vec<u8> {
 
 #[test]
 fn narrow_loads_are_extended() {
-    let input: Vec<u8> = (0..32).map(|i| 0xf0 + i).collect();
+    let input: Vec<u8> = (0..32u8).map(|i| i.wrapping_add(0xf0)).collect();
     let load =
         |load: &str| run("", &input, &format!("cvt.u64.u32 %rd4, %r1; add.u64 %rd4, %rd4, %rd1; {load}"));
     let byte = |lane: u64| (0xf0 + lane) as u8;

@@ -341,3 +341,47 @@ fn unknown_instructions_are_named_at_load() {
         assert!(error.contains(opcode) && error.contains("line 6"), "{error}");
     }
 }
+
+const SAID: &str = ".extern .func (.param .b32 func_retval0) vprintf(.param .b64 a, .param .b64 b);
+.extern .func __assertfail(.param .b64 a, .param .b64 b, .param .b32 c, .param .b64 d, .param .b64 e);
+.global .align 1 .b8 format[10] = {37, 100, 32, 37, 115, 32, 37, 102, 10};
+.global .align 1 .b8 word[6] = {104, 101, 108, 108, 111};
+.global .align 1 .b8 condition[6] = {110, 32, 60, 32, 57};
+.global .align 1 .b8 file[7] = {98, 97, 100, 46, 99, 117};
+.visible .entry k(.param .u64 out, .param .u64 n) {
+  .reg .b32 %r<6>;\n  .reg .b64 %rd<10>;\n  .reg .pred %p;
+  .local .align 8 .b8 depot[24];
+  ld.param.u64 %rd1, [out];\n  ld.param.u32 %r1, [n];\n  mov.u32 %r2, %tid.x;
+  setp.lt.u32 %p, %r2, %r1;\n  @%p bra FINE;
+  mov.u64 %rd2, condition;\n  mov.u64 %rd3, file;
+  {
+    .param .b64 p0;\n st.param.b64 [p0+0], %rd2;\n .param .b64 p1;\n st.param.b64 [p1+0], %rd3;
+    .param .b32 p2;\n st.param.b32 [p2+0], 42;\n .param .b64 p3;\n st.param.b64 [p3+0], %rd2;
+    .param .b64 p4;\n st.param.b64 [p4+0], 1;
+    call.uni __assertfail, (p0, p1, p2, p3, p4);
+  }
+FINE:
+  mov.u64 %rd4, depot;\n  cvta.local.u64 %rd5, %rd4;\n  mov.u64 %rd6, word;\n  cvta.global.u64 %rd6, %rd6;
+  st.local.u32 [%rd4], %r2;\n  st.local.u64 [%rd4+8], %rd6;\n  mov.u64 %rd7, 0d3FF8000000000000;\n  st.local.u64 [%rd4+16], %rd7;
+  mov.u64 %rd8, format;\n  cvta.global.u64 %rd8, %rd8;
+  {
+    .param .b64 p0;\n st.param.b64 [p0+0], %rd8;\n .param .b64 p1;\n st.param.b64 [p1+0], %rd5;
+    .param .b32 retval0;
+    call.uni (retval0), vprintf, (p0, p1);
+    ld.param.b32 %r3, [retval0+0];
+  }
+  mad.wide.u32 %rd9, %r2, 4, %rd1;\n  st.global.u32 [%rd9], %r3;
+  ret;
+}\n";
+
+#[test]
+fn what_kernels_say() {
+    let module = parse(SAID);
+    let mut card = Card::default();
+    let to = card.room(16);
+    card.launch(&module, &call("k", 1, 4, &[to, 9])).unwrap();
+    assert_eq!(card.words(to, 4), [3; 4], "arguments printed");
+    let fault = card.launch(&module, &call("k", 1, 4, &[to, 3])).unwrap_err();
+    assert!(fault.to_string().contains("bad.cu:42: n < 9: `n < 9` failed"), "{fault}");
+    assert_eq!(fault.place.unwrap().thread, [3, 0, 0]);
+}

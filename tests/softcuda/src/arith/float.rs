@@ -23,6 +23,7 @@ pub struct Format {
 
 pub const F16: Format = Format { exponent: 5, mantissa: 10 };
 pub const BF16: Format = Format { exponent: 8, mantissa: 7 };
+pub const TF32: Format = Format { exponent: 8, mantissa: 10 };
 pub const F32: Format = Format { exponent: 8, mantissa: 23 };
 pub const F64: Format = Format { exponent: 11, mantissa: 52 };
 
@@ -175,11 +176,6 @@ pub mod exact {
         to_odd(sum, error)
     }
 
-    /// The product of two such numbers has at most 48 bits.
-    pub fn fma(a: f64, b: f64, c: f64) -> f64 {
-        add(a * b, c)
-    }
-
     pub fn divide(a: f64, b: f64) -> f64 {
         let quotient = a / b;
         if !quotient.is_finite() || b.is_infinite() || quotient == 0.0 {
@@ -221,6 +217,13 @@ impl Mode {
     pub fn operand(self, bits: u64) -> u64 {
         let bits = if self.format == F64 { bits } else { bits & ((1 << self.format.bits()) - 1) };
         if self.flush { self.format.flushed(bits) } else { bits }
+    }
+
+    /// a + b, rounded to odd. Opposite numbers make −0 where results are rounded down.
+    pub fn sum(self, a: f64, b: f64) -> f64 {
+        let sum = exact::add(a, b);
+        let opposite = a.is_sign_negative() != b.is_sign_negative();
+        if sum == 0.0 && opposite && self.rounding == Rounding::Down { -0.0 } else { sum }
     }
 
     /// The result's bits, from a value that was rounded to odd.

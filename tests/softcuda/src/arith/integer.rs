@@ -138,6 +138,20 @@ pub fn dot_bytes(a: u64, b: u64, c: u64, a_signed: bool, b_signed: bool) -> u64 
     (c as u32).wrapping_add(sum as u32).into()
 }
 
+/// The dot product of two halves with the low or the high two bytes of b, plus `c` (`dp2a`).
+pub fn dot_halves(a: u64, b: u64, c: u64, a_signed: bool, b_signed: bool, high: bool) -> u64 {
+    let half = |place: u64| {
+        let half = a >> (16 * place) & 0xffff;
+        if a_signed { signed(half, 16) } else { half as i64 }
+    };
+    let byte = |place: u64| {
+        let byte = b >> (8 * place + if high { 16 } else { 0 }) & 0xff;
+        if b_signed { signed(byte, 8) } else { byte as i64 }
+    };
+    let sum = half(0) * byte(0) + half(1) * byte(1);
+    (c as u32).wrapping_add(sum as u32).into()
+}
+
 /// `bfind`: the place of the highest bit that is not the sign, or all ones.
 pub fn find_top(a: u64, bits: u32, is_signed: bool, as_shift: bool) -> u64 {
     let a = if is_signed && signed(a, bits) < 0 { !a } else { a } & mask(bits);

@@ -86,3 +86,42 @@ impl Stamp {
         clock
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn clock(entries: &[(u32, u32)]) -> Clock {
+        let mut clock = Clock::default();
+        for &(lane, seq) in entries {
+            clock.add(Mark { lane, seq });
+        }
+        clock
+    }
+
+    fn entries(clock: &Clock) -> Vec<(u32, u32)> {
+        clock.marks().map(|mark| (mark.lane, mark.seq)).collect()
+    }
+
+    #[test]
+    fn a_merge_knows_what_either_knew() {
+        let mut one = clock(&[(5, 2), (1, 4), (9, 9)]);
+        let two = clock(&[(2, 7), (5, 3), (1, 1), (12, 0)]);
+        one.merge(&two);
+        assert_eq!(entries(&one), [(1, 4), (2, 7), (5, 3), (9, 9), (12, 0)]);
+        assert!(one.knows(Mark { lane: 5, seq: 3 }) && !one.knows(Mark { lane: 5, seq: 4 }));
+        assert!(one.knows(Mark { lane: 77, seq: 0 }) && !one.knows(Mark { lane: 77, seq: 1 }));
+        // The other one is as it was, and an older mark changes nothing.
+        assert_eq!(entries(&two), [(1, 1), (2, 7), (5, 3), (12, 0)]);
+        one.add(Mark { lane: 9, seq: 3 });
+        assert_eq!(entries(&one)[3], (9, 9));
+    }
+
+    #[test]
+    fn an_operation_comes_after_its_lane_and_what_it_knows() {
+        let stamp = Stamp { mark: Mark { lane: 1, seq: 3 }, before: clock(&[(2, 5)]) };
+        let after = |lane, seq| stamp.after(Mark { lane, seq });
+        assert!(after(1, 2) && !after(1, 3) && after(2, 5) && !after(2, 6) && !after(3, 1));
+        assert_eq!(entries(&stamp.past()), [(1, 3), (2, 5)]);
+    }
+}

@@ -1,7 +1,8 @@
 //! The host's side: what it has waited for, and its page-locked memory.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
@@ -39,6 +40,17 @@ pub fn learn(ordinal: u8, past: &Clock) {
     }
 }
 
+/// Whether the host has waited for all these.
+fn is_known(marks: &Clock) -> bool {
+    marks.marks().all(|mark| known(device_of(mark)).knows(mark))
+}
+
+pub fn fingerprint(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
+}
+
 /// A page-locked host buffer. Its memory lives as long as an operation holds it, so a use after
 /// `cuMemFreeHost` is found and reported, not suffered.
 pub struct Pinned {
@@ -50,26 +62,34 @@ pub struct Pinned {
     freed: AtomicBool,
     /// The operations that read or write it.
     uses: Mutex<Clock>,
+    /// Those of them that write it.
+    writes: Mutex<Clock>,
 }
+
+/// What a new buffer holds: no number, read as a float of any width, so that relying on zeros shows.
+const UNWRITTEN: u8 = 0xff;
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: `alloc_zeroed` gave the address for this layout, and this is its only owner.
+        // SAFETY: `alloc` gave the address for this layout, and this is its only owner.
         unsafe { dealloc(self.address as *mut u8, self.layout) }
     }
 }
 
 impl Pinned {
-    /// A new buffer of `bytes` > 0, page-aligned; none if the host has no memory left.
+    /// A new buffer of `bytes` > 0, page-aligned, whose content is nothing to rely on; none if the host has no memory left.
     pub fn allocate(bytes: usize, ordinal: u8, context: u64) -> Option<Arc<Pinned>> {
         let layout = Layout::from_size_align(bytes, 4096).ok()?;
         // SAFETY: `bytes` is not zero, as the caller checks.
-        let address = unsafe { alloc_zeroed(layout) } as usize;
-        if address == 0 {
+        let memory = unsafe { alloc(layout) };
+        if memory.is_null() {
             return None;
         }
-        let (freed, uses) = (AtomicBool::new(false), Mutex::default());
-        let buffer = Arc::new(Pinned { address, bytes, ordinal, context, layout, freed, uses });
+        // SAFETY: as many bytes were allocated.
+        unsafe { memory.write_bytes(UNWRITTEN, bytes) };
+        let address = memory as usize;
+        let (freed, uses, writes) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
+        let buffer = Arc::new(Pinned { address, bytes, ordinal, context, layout, freed, uses, writes });
         lock(&PINNED).insert(address, buffer.clone());
         Some(buffer)
     }
@@ -81,8 +101,25 @@ impl Pinned {
         (address - buffer.address + bytes <= buffer.bytes).then(|| buffer.clone())
     }
 
-    pub fn note_use(&self, stamp: &Stamp) {
+    pub fn note_read(&self, stamp: &Stamp) {
         lock(&self.uses).add(stamp.mark);
+    }
+
+    pub fn note_write(&self, stamp: &Stamp) {
+        lock(&self.uses).add(stamp.mark);
+        lock(&self.writes).add(stamp.mark);
+    }
+
+    /// Whether the host has waited for every operation that writes it: only the host can change it now.
+    pub fn is_settled(&self) -> bool {
+        is_known(&lock(&self.writes))
+    }
+
+    /// A number for the bytes from `offset` on: other bytes have another.
+    pub fn fingerprint(&self, offset: usize, bytes: usize) -> u64 {
+        // SAFETY: the range was checked to lie in the buffer. A host thread that writes meanwhile is a bug that
+        // the number shows.
+        fingerprint(unsafe { std::slice::from_raw_parts((self.address + offset) as *const u8, bytes) })
     }
 
     pub fn is_freed(&self) -> bool {
@@ -94,7 +131,7 @@ impl Pinned {
     pub fn free(address: usize) -> Option<(Arc<Pinned>, bool)> {
         let buffer = lock(&PINNED).remove(&address)?;
         buffer.freed.store(true, Ordering::Relaxed);
-        let idle = lock(&buffer.uses).marks().all(|mark| known(device_of(mark)).knows(mark));
+        let idle = is_known(&lock(&buffer.uses));
         Some((buffer, idle))
     }
 

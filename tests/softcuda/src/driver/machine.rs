@@ -21,6 +21,9 @@ pub const DEVICES: usize = 256;
 
 const GIB: u64 = 1 << 30;
 
+/// Addresses of different devices differ above this bit, and stay below those of the host.
+const ADDRESS_BITS: u32 = 38;
+
 pub type Guard<'a> = MutexGuard<'a, Machine>;
 
 /// A device: the machine and its lock.
@@ -64,7 +67,7 @@ pub struct Report {
     pub message: String,
 }
 
-/// How many reports a device keeps; the first are the ones that matter.
+/// How many refusals a device keeps; the first are the ones that matter.
 const REPORTS: usize = 1000;
 
 pub struct Context {
@@ -161,6 +164,8 @@ pub struct Machine {
     pub primary: Option<(u64, usize)>,
     pub primary_flags: u32,
     pub lanes: Vec<Lane>,
+    /// Functions of the host that wait in lanes.
+    pub host_functions: usize,
     /// The operation of each number that device memory knows.
     pub marks: Vec<Mark>,
     /// What other devices are known to have finished.
@@ -192,7 +197,7 @@ impl Machine {
             total_memory: 4 * GIB,
             newest_ptx: (9, 0),
             injector: Injector::default(),
-            memory: DeviceMemory::default(),
+            memory: DeviceMemory::starting_at(u64::from(ordinal) << ADDRESS_BITS),
             allocations: BTreeMap::new(),
             used_memory: 0,
             most_used: 0,
@@ -200,6 +205,7 @@ impl Machine {
             primary: None,
             primary_flags: 0,
             lanes: Vec::new(),
+            host_functions: 0,
             marks: Vec::new(),
             foreign: Clock::default(),
             streams: BTreeMap::new(),
@@ -231,7 +237,7 @@ impl Machine {
     }
 
     pub fn report(&mut self, code: Status, sticky: bool, message: String) {
-        if self.reports.len() < REPORTS {
+        if sticky || self.reports.len() < REPORTS {
             self.reports.push(Report { code, sticky, message });
         }
     }
@@ -295,17 +301,27 @@ impl Machine {
         bytes <= self.total_memory.saturating_sub(self.used_memory)
     }
 
-    /// Device memory of `bytes` > 0.
-    pub fn allocate(&mut self, bytes: u64, context: u64, variable: bool) -> Outcome<u64> {
-        if !self.has_room(bytes) {
-            let free = self.total_memory.saturating_sub(self.used_memory);
-            return self.refuse(Status::OUT_OF_MEMORY, format!("{bytes} bytes asked for, {free} free"));
+    pub fn require_room(&mut self, bytes: u64) -> Outcome {
+        if self.has_room(bytes) {
+            return Ok(());
         }
+        let free = self.total_memory.saturating_sub(self.used_memory);
+        self.refuse(Status::OUT_OF_MEMORY, format!("{bytes} bytes asked for, {free} free"))
+    }
+
+    /// Device memory of `bytes` > 0 for the program.
+    pub fn allocate(&mut self, bytes: u64, context: u64) -> Outcome<u64> {
+        self.require_room(bytes)?;
         let address = self.memory.alloc(bytes);
-        self.allocations.insert(address, Allocation { context, bytes, variable });
-        self.used_memory += bytes;
-        self.most_used = self.most_used.max(self.used_memory);
+        self.book(address, Allocation { context, bytes, variable: false });
         Ok(address)
+    }
+
+    /// Enters an allocation into the books.
+    pub fn book(&mut self, address: u64, memory: Allocation) {
+        self.used_memory += memory.bytes;
+        self.most_used = self.most_used.max(self.used_memory);
+        self.allocations.insert(address, memory);
     }
 
     /// Strikes the allocation from the books.

@@ -187,3 +187,26 @@ unsafe fn put<T>(at: *mut T, value: T) -> Outcome {
     unsafe { at.write_unaligned(value) };
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_a_code_and_a_report() {
+        INITIALISED.store(true, Ordering::Relaxed);
+        let device = Device::of(200);
+        let context = Handle::new(Kind::Context, 200, device.lock().new_context(0));
+        CONTEXTS.with_borrow_mut(|stack| stack.push(context));
+        let code = answer(|| {
+            let _held = enter()?;
+            panic!("something {}", "unforeseen");
+        });
+        assert_eq!(code, Status::UNKNOWN);
+        // The lock that was held when it happened is not lost.
+        let report = device.lock().reports[0].clone();
+        assert_eq!(report.message, "softcuda itself failed: something unforeseen");
+        assert!(!report.sticky);
+        assert_eq!(answer(|| enter().map(drop)), Status::SUCCESS);
+    }
+}

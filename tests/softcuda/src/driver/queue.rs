@@ -21,6 +21,9 @@ pub struct Operation {
     pub needs: Vec<Mark>,
     pub context: u64,
     pub work: Work,
+    /// What its page-locked source held when the call was made, if nothing but the host could change it
+    /// before it runs; and the host must not.
+    pub source: Option<u64>,
 }
 
 pub struct Lane {
@@ -129,11 +132,20 @@ impl Machine {
         }
         target.known.merge(learned);
         let stamp = Stamp { mark, before: target.known.clone() };
+        let source = if self.host_functions == 0 { work.settled_source() } else { None };
+        self.host_functions += usize::from(matches!(work, Work::Host { .. }));
         work.note_use(&stamp);
         let id = self.marks.len() as u32;
         self.marks.push(mark);
-        let context = target.context;
-        target.queue.push_back(Operation { id, stamp: stamp.clone(), needs, context, work });
+        let context = self.lanes[lane].context;
+        self.lanes[lane].queue.push_back(Operation {
+            id,
+            stamp: stamp.clone(),
+            needs,
+            context,
+            work,
+            source,
+        });
         stamp
     }
 
@@ -285,6 +297,7 @@ impl Device {
         if operation.work.leaves_the_device() {
             machine.lanes[lane].running = true;
             machine = self.execute_outside(machine, &operation);
+            machine.host_functions -= usize::from(matches!(operation.work, Work::Host { .. }));
             machine.lanes[lane].running = false;
         } else {
             machine.execute(&operation);

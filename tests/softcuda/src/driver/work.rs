@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::clock::{Clock, Mark, Stamp};
-use super::host::Pinned;
+use super::host::{self, Pinned};
 use super::inject::Kind;
 use super::limits::Shape;
 use super::machine::{Allocation, Device, Function, Guard, Machine};
@@ -127,11 +127,22 @@ impl Work {
     /// Tells page-locked buffers who uses them.
     pub fn note_use(&self, stamp: &Stamp) {
         if let Work::Copy { to, from, .. } = self {
-            for place in [to, from] {
-                if let Place::Pinned { buffer, .. } = place {
-                    buffer.note_use(stamp);
-                }
+            if let Place::Pinned { buffer, .. } = from {
+                buffer.note_read(stamp);
             }
+            if let Place::Pinned { buffer, .. } = to {
+                buffer.note_write(stamp);
+            }
+        }
+    }
+
+    /// The fingerprint of the page-locked source, if no operation that the host has not waited for writes it.
+    pub fn settled_source(&self) -> Option<u64> {
+        match self {
+            Work::Copy { from: Place::Pinned { buffer, offset }, bytes, .. } if buffer.is_settled() => {
+                Some(buffer.fingerprint(*offset, *bytes))
+            }
+            _ => None,
         }
     }
 }
@@ -152,6 +163,7 @@ fn status_of(problem: &Problem) -> Status {
         Problem::OutOfBounds { .. } | Problem::UseAfterFree { .. } => Status::ILLEGAL_ADDRESS,
         Problem::Misaligned { .. } => Status::MISALIGNED_ADDRESS,
         Problem::Deadlock { .. } => Status::LAUNCH_TIMEOUT,
+        Problem::Assertion { .. } => Status::ASSERT,
         Problem::Uninitialised { .. }
         | Problem::Race { .. }
         | Problem::DivergentBarrier { .. }
@@ -160,6 +172,7 @@ fn status_of(problem: &Problem) -> Status {
     }
 }
 
+const CHANGED: &str = "the host changed the page-locked source of a copy that it had not waited for";
 const FREED: &str = "the page-locked buffer was freed before the copy ran";
 
 impl Place {
@@ -297,7 +310,11 @@ impl Machine {
                 self.memory.copy(*to, *from, *bytes as u64, &op)?;
             }
             Work::Copy { to: Place::Device(to), from, bytes } => {
-                self.memory.write(*to, &from.host_bytes(*bytes)?, &op)?;
+                let data = from.host_bytes(*bytes)?;
+                if operation.source.is_some_and(|expected| expected != host::fingerprint(&data)) {
+                    return Err(Failure(Status::LAUNCH_FAILED, CHANGED.into()));
+                }
+                self.memory.write(*to, &data, &op)?;
             }
             Work::Copy { to, from: Place::Device(from), bytes } => {
                 let mut data = vec![0; *bytes];
@@ -342,26 +359,19 @@ impl Machine {
         Ok(call(&mut self.memory, &op)?)
     }
 
-    /// The number of something the host does between operations: what is enqueued later comes after it.
-    fn host_action(&mut self) -> u32 {
+    /// What the host does with memory between operations: all that was enqueued is over, or has nothing to
+    /// do with it, and what is enqueued later comes after.
+    pub fn as_host<T>(&mut self, name: &str, call: impl FnOnce(&mut DeviceMemory, &memory::Op) -> T) -> T {
+        let id = self.marks.len() as u32;
         // The operation before the first of a lane: all lanes know that one to be over.
         self.marks.push(Mark { lane: 0, seq: 0 });
-        self.marks.len() as u32 - 1
-    }
-
-    /// Writes new memory, for which no operation stands.
-    pub fn write_new(&mut self, address: u64, data: &[u8]) {
-        let id = self.host_action();
-        let op = memory::Op { id, happens_before: &|_| true, name: "module load" };
-        self.memory.write(address, data, &op).expect("memory just allocated is there");
+        call(&mut self.memory, &memory::Op { id, happens_before: &|_| true, name })
     }
 
     /// Frees memory, where nothing uses it any more.
     pub fn release_memory(&mut self, address: u64) {
-        let id = self.host_action();
-        let op = memory::Op { id, happens_before: &|_| true, name: "free" };
         // An address that is not allocated was refused before, so there is nothing to report.
-        let _ = self.memory.free(address, &op);
+        let _ = self.as_host("free", |memory, op| memory.free(address, op));
         self.forget_memory(address);
     }
 }

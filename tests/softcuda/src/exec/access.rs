@@ -112,7 +112,7 @@ impl Runner<'_, '_> {
     }
 
     /// Reads for one lane.
-    fn fetch(
+    pub fn fetch(
         &mut self,
         space: Space,
         address: u64,

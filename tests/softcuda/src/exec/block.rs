@@ -134,7 +134,14 @@ fn release(shared: &mut Shared, warps: &mut [Warp], ready: &mut Vec<usize>) {
         if !complete {
             continue;
         }
-        let barrier = std::mem::take(&mut shared.barriers[number]);
+        let mut barrier = std::mem::take(&mut shared.barriers[number]);
+        // Those who waited did nothing meanwhile: what they did lies before now, the same for all of them.
+        shared.time += 1;
+        for (at, seen) in barrier.seen.iter_mut().enumerate() {
+            if barrier.waiting >> at & 1 == 1 {
+                *seen = shared.time;
+            }
+        }
         for (at, warp) in warps.iter_mut().enumerate() {
             if barrier.waiting >> at & 1 == 0 {
                 continue;

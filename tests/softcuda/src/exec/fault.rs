@@ -41,6 +41,8 @@ pub enum Problem {
     UseAfterFree { access: Access, address: u64, bytes: u64, freed_by: String },
     #[error("{what}")]
     Trap { what: &'static str },
+    #[error("{what}")]
+    Assertion { what: String },
     #[error("deadlock: {what}")]
     Deadlock { what: String },
     /// The launch itself is wrong.

@@ -4,6 +4,7 @@ mod access;
 mod atomic;
 mod block;
 mod fault;
+mod host;
 mod lanes;
 mod matrix;
 mod warp;

@@ -453,6 +453,11 @@ impl<'r, 'g> Runner<'r, 'g> {
                 return Ok(Next::Scatter(parts));
             }
             Op::Exit => return Ok(Next::Exit(lanes)),
+            Op::Print { params, result } => self.print(*params, *result, lanes)?,
+            Op::Assertion(params) => {
+                let lane = lanes.trailing_zeros() as usize;
+                return Err((self.failed_assertion(*params, lane), lane));
+            }
             Op::Trap(what) => return Err((Problem::Trap { what }, lanes.trailing_zeros() as usize)),
         }
         Ok(Next::Step)

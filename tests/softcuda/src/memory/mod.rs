@@ -46,6 +46,11 @@ pub struct DeviceMemory {
 }
 
 impl DeviceMemory {
+    /// Memory whose addresses begin at `first`: that of several devices has none in common.
+    pub fn starting_at(first: u64) -> DeviceMemory {
+        DeviceMemory { end: first, ..DeviceMemory::default() }
+    }
+
     /// The address of `bytes` bytes that nobody wrote yet.
     pub fn alloc(&mut self, bytes: u64) -> u64 {
         let base = self.end.max(FIRST);
@@ -131,7 +136,9 @@ impl DeviceMemory {
         let by = Accessor { order: &order, thread: None };
         let bytes = value.len() as u64 * count;
         let to = self.check_write(address, bytes, false, &by).map_err(|problem| fault(problem, op))?;
-        to.chunks_exact_mut(value.len()).for_each(|chunk| chunk.copy_from_slice(value));
+        // A byte at a time would take seconds for what a device zeroes at its start.
+        let block = value.repeat((4096 / value.len()).max(1));
+        to.chunks_mut(block.len()).for_each(|chunk| chunk.copy_from_slice(&block[..chunk.len()]));
         Ok(())
     }
 

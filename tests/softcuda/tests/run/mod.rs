@@ -18,7 +18,7 @@ const BUDGET: u64 = 1 << 24;
 #[derive(Default)]
 pub struct Card {
     pub memory: DeviceMemory,
-    ops: u32,
+    pub ops: u32,
     /// In which order warps take their turns.
     pub seed: u64,
 }

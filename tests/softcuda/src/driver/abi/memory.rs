@@ -34,7 +34,7 @@ fn allocate(mut entered: Entered, bytes: usize, stream: Option<u64>) -> Outcome<
         entered.healthy()?;
     }
     let context = entered.context;
-    let address = entered.machine.allocate(bytes as u64, context, false)?;
+    let address = entered.machine.allocate(bytes as u64, context)?;
     Ok((entered, address))
 }
 

@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::driver::handle::{Handle, Kind};
 use crate::driver::inject::Kind as Call;
 use crate::driver::limits::Needs;
-use crate::driver::machine::{Function, Machine, Module};
+use crate::driver::machine::{Allocation, Function, Machine, Module};
 use crate::driver::status::{Outcome, Status};
 use crate::driver::{Entered, answer, enter, enter_object, put};
-use crate::ptx;
+use crate::{exec, ptx};
 
 /// The first bytes of images that are machine code of a card: ELF (cubin) and the fat binary's magic.
 const MACHINE_CODE: [[u8; 4]; 3] = [*b"\x7fELF", [0x50, 0xed, 0x55, 0xba], [0xb1, 0x43, 0x62, 0x46]];
@@ -92,29 +92,13 @@ impl Machine {
 
     /// Memory for the module's variables, filled with what they begin as.
     fn place_variables(&mut self, ptx: &ptx::Module, context: u64) -> Outcome<BTreeMap<String, (u64, u64)>> {
-        let mut placed = BTreeMap::new();
-        for variable in &ptx.variables {
-            match self.allocate(variable.bytes, context, true) {
-                Ok(address) => placed.insert(variable.name.clone(), (address, variable.bytes)),
-                Err(code) => {
-                    self.release_variables(&placed);
-                    return Err(code);
-                }
-            };
-        }
-        for variable in &ptx.variables {
-            let mut initial = variable.initial.clone();
-            initial.resize(variable.bytes as usize, 0);
-            for (offset, of, plus) in &variable.addresses {
-                let Some(&(address, _)) = placed.get(of) else {
-                    self.release_variables(&placed);
-                    let message = format!("{} holds the address of {of}, which has none", variable.name);
-                    return self.refuse(Status::INVALID_PTX, message);
-                };
-                let bytes = address.wrapping_add_signed(*plus).to_le_bytes();
-                initial[*offset as usize..][..8].copy_from_slice(&bytes);
-            }
-            self.write_new(placed[&variable.name].0, &initial);
+        self.require_room(ptx.variables.iter().map(|variable| variable.bytes).sum())?;
+        let placed = match self.as_host("module load", |memory, op| exec::place_variables(ptx, memory, op)) {
+            Ok(placed) => placed,
+            Err(fault) => return self.refuse(Status::INVALID_PTX, fault.to_string()),
+        };
+        for &(address, bytes) in placed.values() {
+            self.book(address, Allocation { context, bytes, variable: true });
         }
         Ok(placed)
     }

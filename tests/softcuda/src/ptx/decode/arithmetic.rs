@@ -1,7 +1,7 @@
 //! Opcodes that compute each lane by itself, as functions of rows.
 
 use super::Opcode;
-use crate::arith::float::{self, BF16, F16, F32, F64, Format, Mode, Rounding, exact};
+use crate::arith::float::{self, BF16, F16, F32, F64, Format, Mode, Rounding, TF32, exact};
 use crate::arith::{convert, integer};
 use crate::ptx::code::{Map1, Map2, Map3, Map4, map1, map2, map3, map4};
 use crate::ptx::types::{Class, Type};
@@ -44,7 +44,8 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
     let mask = integer::mask(bits);
     let is_signed = ty.is_signed();
     let saturate = op.has("sat");
-    if saturate && !(matches!(op.name, "add" | "sub") && is_signed && bits == 32) {
+    let may_saturate = matches!(op.name, "add" | "sub") || matches!(op.name, "mad" | "mad24") && op.has("hi");
+    if saturate && !(may_saturate && is_signed && bits == 32) {
         return None;
     }
     let clamp = |value: i64| value.clamp(i32::MIN.into(), i32::MAX.into()) as u32 as u64;
@@ -53,7 +54,8 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
         "sub" if saturate => Two(map2(move |a, b| clamp(integer::signed(a, 32) - integer::signed(b, 32)))),
         "add" => Two(map2(move |a, b| a.wrapping_add(b) & mask)),
         "sub" => Two(map2(move |a, b| a.wrapping_sub(b) & mask)),
-        "mul" | "mul24" if op.has("wide") => {
+        "mul24" | "mad24" => product_of_24_bits(op, is_signed),
+        "mul" if op.has("wide") => {
             let out = integer::mask(2 * bits);
             Two(map2(move |a, b| integer::product(a, b, bits, is_signed) as u64 & out))
         }
@@ -65,6 +67,9 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
             let out = integer::mask(2 * bits);
             Three(map3(move |a, b, c| (integer::product(a, b, bits, is_signed) as u64).wrapping_add(c) & out))
         }
+        "mad" if saturate => Three(map3(move |a, b, c| {
+            clamp((integer::product(a, b, 32, true) >> 32) as i64 + integer::signed(c, 32))
+        })),
         "mad" if op.has("hi") => Three(map3(move |a, b, c| {
             ((integer::product(a, b, bits, is_signed) >> bits) as u64).wrapping_add(c) & mask
         })),
@@ -139,10 +144,30 @@ fn integers(op: &Opcode, ty: Type) -> Option<Function> {
             let (a_signed, b_signed) = (is_signed, op.types.get(1)?.is_signed());
             Three(map3(move |a, b, c| integer::dot_bytes(a, b, c, a_signed, b_signed)))
         }
+        "dp2a" => {
+            let (a_signed, b_signed) = (is_signed, op.types.get(1)?.is_signed());
+            let high = op.has("hi");
+            Three(map3(move |a, b, c| integer::dot_halves(a, b, c, a_signed, b_signed, high)))
+        }
         "slct" => slct(op)?,
-        "set" => return None,
         _ => return None,
     })
+}
+
+/// `mul24` and `mad24`: the low or the high 32 bits of the product's 48, for `mad24` plus c.
+fn product_of_24_bits(op: &Opcode, is_signed: bool) -> Function {
+    let high = op.has("hi");
+    let product = move |a: u64, b: u64| {
+        let product = integer::product(a, b, 24, is_signed);
+        (if high { product >> 16 } else { product }) as u32
+    };
+    if op.name == "mul24" {
+        return Two(map2(move |a, b| product(a, b).into()));
+    }
+    if op.has("sat") {
+        return Three(map3(move |a, b, c| (product(a, b) as i32).saturating_add(c as i32) as u32 as u64));
+    }
+    Three(map3(move |a, b, c| product(a, b).wrapping_add(c as u32).into()))
 }
 
 /// `slct.type.s32|f32 d, a, b, c`: a where c ≥ 0, else b (also for NaN).
@@ -214,11 +239,12 @@ fn floats(op: &Opcode, ty: Type) -> Option<Function> {
     let of = move |f: fn(f64) -> f64| halves1(pair, move |a| mode.output(f(mode.input(a))));
     Some(match op.name {
         "mov" => One(map1(move |a| a & mask)),
-        "add" => halves2(pair, move |a, b| mode.output(exact::add(mode.input(a), mode.input(b)))),
-        "sub" => halves2(pair, move |a, b| mode.output(exact::add(mode.input(a), -mode.input(b)))),
+        "add" => halves2(pair, move |a, b| mode.output(mode.sum(mode.input(a), mode.input(b)))),
+        "sub" => halves2(pair, move |a, b| mode.output(mode.sum(mode.input(a), -mode.input(b)))),
         "mul" => halves2(pair, move |a, b| mode.output(mode.input(a) * mode.input(b))),
         "fma" | "mad" => {
-            halves3(pair, move |a, b, c| mode.output(exact::fma(mode.input(a), mode.input(b), mode.input(c))))
+            // The product of two numbers of at most 24 bits is exact.
+            halves3(pair, move |a, b, c| mode.output(mode.sum(mode.input(a) * mode.input(b), mode.input(c))))
         }
         "div" if approx => {
             halves2(pair, move |a, b| mode.output(float::divide_approx(mode.input(a), mode.input(b))))
@@ -291,8 +317,31 @@ fn doubles(op: &Opcode, mode: Mode) -> Option<Function> {
     })
 }
 
+/// `cvt.pack.sat.d.s32[.b32]`: a above b, and c's low bits above both.
+fn packed_conversion(op: &Opcode) -> Option<Function> {
+    let [to, from, ..] = op.types[..] else { return None };
+    if from.bits != 32 || !from.is_signed() || to.is_float() || !op.has("sat") {
+        return None;
+    }
+    let each = move |a: u64| convert::integer(a, (32, true), (to.bits, to.is_signed()), true);
+    let two = move |a, b| each(a) << to.bits | each(b);
+    match (op.types.len(), to.bits) {
+        (2, 16) => Some(Two(map2(two))),
+        (3, 2..16) => Some(Three(map3(move |a, b, c| (two(a, b) | c << (2 * to.bits)) & integer::mask(32)))),
+        _ => None,
+    }
+}
+
 fn conversion(op: &Opcode) -> Option<Function> {
-    let [to, from] = op.types[..] else { return None };
+    if op.has("pack") {
+        return packed_conversion(op);
+    }
+    let (to, from) = match op.types[..] {
+        [to, from] => (to, from),
+        // `tf32` is no type of registers.
+        [from] if op.has("tf32") && from.is_float() && from.bits == 32 => (from, from),
+        _ => return None,
+    };
     let whole = ["rni", "rzi", "rmi", "rpi"].into_iter().find(|mode| op.has(mode));
     let rounding = match whole.or(["rz", "rm", "rp", "rna"].into_iter().find(|mode| op.has(mode))) {
         None | Some("rni") => Rounding::Nearest,
@@ -320,7 +369,7 @@ fn conversion(op: &Opcode) -> Option<Function> {
     }
     let each = convert::FloatToFloat {
         from: format_of(from),
-        to: format_of(to),
+        to: if op.has("tf32") { TF32 } else { format_of(to) },
         rounding,
         whole: whole.is_some(),
         flush,
@@ -328,6 +377,10 @@ fn conversion(op: &Opcode) -> Option<Function> {
         relu: op.has("relu"),
         finite: op.has("satfinite"),
     };
+    if op.has("tf32") {
+        // The upper bits of a register.
+        return Some(One(map1(move |a| each.apply(a) << 13)));
+    }
     if to.pair && !from.pair {
         // The first source becomes the upper half.
         return Some(Two(map2(move |a, b| each.apply(a) << 16 | each.apply(b))));

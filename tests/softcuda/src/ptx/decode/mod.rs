@@ -2,8 +2,10 @@
 
 mod arithmetic;
 pub(crate) use arithmetic::format_of;
+mod carry;
 mod compare;
 mod memory;
+mod modifiers;
 mod warp;
 
 use std::collections::HashMap;
@@ -104,6 +106,8 @@ pub struct Decoder<'p, 'a> {
     symbols: HashMap<String, u32>,
     /// `.shared` variables of the module that were placed.
     shared: HashMap<&'a str, u32>,
+    /// The condition code's carry, once an instruction needs it.
+    carry: Option<Register>,
     line: u32,
     source: (u32, u32),
 }
@@ -155,6 +159,7 @@ impl<'p, 'a> Decoder<'p, 'a> {
             constants: HashMap::new(),
             symbols: HashMap::new(),
             shared: HashMap::new(),
+            carry: None,
             line: kernel.line,
             source: (0, 0),
         };
@@ -468,11 +473,13 @@ impl<'p, 'a> Decoder<'p, 'a> {
         };
         let from = self.code.instructions.len();
         let op = Opcode::new(statement.opcode);
-        let known = self.control(&op, statement)?
-            || self.compare(&op, statement)?
-            || self.memory(&op, statement)?
-            || self.warp(&op, statement)?
-            || self.compute(&op, statement)?;
+        let known = modifiers::are_known(&op)
+            && (self.control(&op, statement)?
+                || self.carries(&op, statement)?
+                || self.compare(&op, statement)?
+                || self.memory(&op, statement)?
+                || self.warp(&op, statement)?
+                || self.compute(&op, statement)?);
         if !known {
             return Err(Error::Unsupported {
                 line: statement.line,
@@ -553,11 +560,27 @@ impl<'p, 'a> Decoder<'p, 'a> {
             return self.fail("calls through pointers are not run");
         };
         if routine.body.is_none() {
-            if routine.name == "__assertfail" {
-                self.push(Op::Trap("assert failed"));
-                return Ok(());
+            let mut places = Vec::new();
+            for actual in lists.into_iter().flatten() {
+                let Operand::Name(name) = actual else { return self.fail("a parameter expected") };
+                let place = self.scopes.iter().rev().find_map(|scope| scope.variables.get(name).copied());
+                let Some(Place::CallParam(at)) = place else {
+                    return self.fail(format!("no parameter `{name}`"));
+                };
+                places.push(at);
             }
-            return self.fail(format!("{} is not defined here", routine.name));
+            let op = match (routine.name, &places[..]) {
+                ("vprintf", &[result, format, list]) => {
+                    Op::Print { params: [format, list], result: Some(result) }
+                }
+                ("vprintf", &[format, list]) => Op::Print { params: [format, list], result: None },
+                ("__assertfail", &[message, file, line, function, _]) => {
+                    Op::Assertion([message, file, line, function])
+                }
+                _ => return self.fail(format!("{} is not defined here", routine.name)),
+            };
+            self.push(op);
+            return Ok(());
         }
         if self.calls.contains(&routine.name) {
             return self.fail(format!("{} calls itself, which is not run", routine.name));
