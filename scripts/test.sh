@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All tests. Needs Rust with rustfmt and clippy, and a C compiler.
+# All tests. Needs Rust with rustfmt and clippy, a C and C++ compiler, and for the CUDA kernels nvcc, which comes from PyPI where the
+# machine has none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,10 +12,13 @@ step() {
     printf -- '-- %s s: %s\n' $((SECONDS - start)) "$*"
 }
 
+if ! command -v nvcc >/dev/null && [ -z "${NVCC:-}" ]; then
+    step scripts/nvcc.sh
+fi
 step cargo fmt --all --check
-step cargo clippy --all-targets -- -D warnings
+step cargo clippy --workspace --all-targets -- -D warnings
 # A test that provokes panics should not fill the log with their traces.
-RUST_BACKTRACE=0 step cargo test
+RUST_BACKTRACE=0 step cargo test --workspace
 # Every bench once, on tiny shapes: each checks its result before it times anything.
 RUST_BACKTRACE=0 step cargo test --benches
 step scripts/readme.sh

@@ -114,8 +114,7 @@ impl Runner<'_, '_> {
             }
             let mut conversion = Conversion::default();
             let mut number = None;
-            loop {
-                let Some(next) = rest.next() else { break };
+            for next in rest.by_ref() {
                 match next {
                     '-' => conversion.left = true,
                     '0' if number.is_none() => conversion.zeros = true,
