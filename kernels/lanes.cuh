@@ -29,8 +29,8 @@ __device__ __forceinline__ void scale_signed_bytes(uint32_t bytes, float d, floa
     out[3] = fmaf(d, __uint_as_float(__byte_perm(bytes, 0x47000000u, 0x7434)), c);
 }
 
-// N words in shared memory at an address of which only ALIGN is known: aligned words, shifted together. If ALIGN is 2, up
-// to two bytes on either side are read too; they are in the 16 bytes that were copied with the first or last word.
+// N words in shared memory at an address of which only ALIGN is known: aligned words, shifted together. If ALIGN is 2,
+// up to two bytes on either side are read too; they are in the 16 bytes that were copied with the first or last word.
 template <int ALIGN, int N> __device__ __forceinline__ void load_words(const uint8_t* p, uint32_t (&out)[N]) {
     if constexpr (ALIGN >= 16 && N % 4 == 0) {
 #pragma unroll
@@ -86,7 +86,8 @@ template <int CODE> struct Lane;
 // The plain types: unit u of lane l is columns 256 u + 8 l.. of the tile, of whose columns the row has `left`. They are
 // read from global memory directly, all of them before the first is used.
 template <int CODE> struct PlainLane {
-    static constexpr unsigned PLANE = 512, GROUP = WARP, PAD = 0, SIZE = Block<CODE>::BYTES / 8, WORDS = Block<CODE>::BYTES / 16;
+    static constexpr unsigned PLANE = 512, GROUP = WARP, PAD = 0;
+    static constexpr unsigned SIZE = Block<CODE>::BYTES / 8, WORDS = Block<CODE>::BYTES / 16;
     static constexpr bool ADJACENT = true;
     static __device__ __forceinline__ unsigned place(unsigned quad) { return quad * 8; }
     static __device__ __forceinline__ unsigned column(int u, unsigned lane) { return u * 256 + lane * 8; }
@@ -235,8 +236,8 @@ template <> struct Lane<Q3_K> : TwoBitLane {
     }
 };
 
-// Q4_K and Q5_K: lane 8 s + p has bytes 16 p..16 p + 15 of superblock s's quants: half of sub-block 2 (p / 2) in the low
-// nibbles, half of the next in the high ones; unit u is word u of them.
+// Q4_K and Q5_K: lane 8 s + p has bytes 16 p..16 p + 15 of superblock s's quants: half of sub-block 2 (p / 2) in the
+// low nibbles, half of the next in the high ones; unit u is word u of them.
 template <int CODE, bool FIFTH> struct KNibbleLane {
     using Format = Block<CODE>;
     static constexpr unsigned PLANE = 512 + 32, GROUP = WARP, PAD = 0;

@@ -68,7 +68,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) linear_f32(const __grid
     auto &w_tile = tiles[0], &x_tile = tiles[1];
     const bool glu = a.epilogue == GLU;
     const Part w = part(a, blockIdx.z), up = part(a, 1);
-    const uint32_t rows_each = glu ? SIDE / 2 : SIDE, first_row = blockIdx.x * rows_each, first_token = blockIdx.y * SIDE;
+    const uint32_t rows_each = glu ? SIDE / 2 : SIDE;
+    const uint32_t first_row = blockIdx.x * rows_each, first_token = blockIdx.y * SIDE;
     if (first_row >= w.rows) return;
     // What this thread brings: of blocks, eight columns of row `i8`; of x and plain weights, four of row `i4` and of the
     // row 32 further, so that neighbours read neighbours.

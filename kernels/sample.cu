@@ -152,7 +152,8 @@ __device__ __forceinline__ void rank(uint64_t* keys, unsigned n, unsigned k) {
         for (unsigned distance = k / 2; distance > 0; distance /= 2) compare_exchange(keys, n, k, distance);
     }
 }
-__device__ __forceinline__ unsigned power_of_two(unsigned least) { return least <= 1 ? 1 : 1u << (32 - __clz(least - 1)); }
+// The least power of two that is not below `n`.
+__device__ __forceinline__ unsigned power_of_two(unsigned n) { return n <= 1 ? 1 : 1u << (32 - __clz(n - 1)); }
 
 // Grid (chunks, rows).
 extern "C" __global__ void __launch_bounds__(THREADS) sample_chunks(const __grid_constant__ SampleArgs a) {
