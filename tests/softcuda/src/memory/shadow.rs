@@ -16,6 +16,8 @@ const CHUNK: usize = 4096;
 const WORD: u32 = 2;
 
 const NOBODY: u32 = u32::MAX;
+/// How many answers of `happens_before` are remembered.
+const KNOWN: usize = 8;
 /// Of `Reading::op`: the rest is the number of a set.
 const SET: u32 = 1 << 31;
 const SEVERAL_BLOCKS: u32 = u32::MAX;
@@ -51,23 +53,30 @@ impl Thread<'_> {
 /// The operation that accesses memory, and what comes before it.
 pub struct Order<'a> {
     pub op: &'a Op<'a>,
-    /// The last answer of `happens_before`.
-    known: Cell<(u32, bool)>,
+    /// The last answers of `happens_before`, by the operation's number modulo their count.
+    known: [Cell<(u32, bool)>; KNOWN],
 }
 
 impl<'a> Order<'a> {
     pub fn new(op: &'a Op<'a>) -> Order<'a> {
-        Order { op, known: Cell::new((NOBODY, true)) }
+        Order { op, known: [const { Cell::new((NOBODY, true)) }; KNOWN] }
     }
 
     fn after(&self, other: u32) -> bool {
-        let (op, answer) = self.known.get();
+        let known = &self.known[other as usize % KNOWN];
+        let (op, answer) = known.get();
         if op == other {
             return answer;
         }
         let answer = (self.op.happens_before)(other);
-        self.known.set((other, answer));
+        known.set((other, answer));
         answer
+    }
+
+    /// Whether the other is already known to come before. `false` says nothing.
+    #[inline(always)]
+    fn surely_after(&self, other: u32) -> bool {
+        self.known[other as usize % KNOWN].get() == (other, true)
     }
 }
 
@@ -311,7 +320,7 @@ impl Accessor<'_> {
     #[inline(always)]
     fn surely_after(&self, writing: &Writing) -> bool {
         if writing.op != self.order.op.id {
-            return self.order.known.get() == (writing.op, true);
+            return self.order.surely_after(writing.op);
         }
         self.thread.is_some_and(|thread| {
             writing.block == thread.block
@@ -329,7 +338,9 @@ impl Accessor<'_> {
         }
         let reading = &mut cell.reading;
         let warp = 1 << (thread.number / 32);
-        if reading.op == NOBODY {
+        let is_first = reading.op == NOBODY
+            || reading.op != self.order.op.id && reading.op & SET == 0 && self.order.surely_after(reading.op);
+        if is_first {
             let (op, block, time, number) = (self.order.op.id, thread.block, thread.time, thread.number);
             *reading = Reading { op, block, time, warps: warp, thread: number };
             return true;
@@ -359,7 +370,7 @@ impl Accessor<'_> {
                     && (cell.reading.thread == thread.number
                         || time < thread.seen[warps.trailing_zeros() as usize])
             }
-            _ => op & SET == 0 && self.order.known.get() == (op, true),
+            _ => op & SET == 0 && self.order.surely_after(op),
         };
         let written_before = cell.writing.op == NOBODY || self.surely_after(&cell.writing);
         if cell.pending || !read_before || !written_before {
