@@ -72,6 +72,9 @@ impl Format {
         if self == F32 {
             return f64::from(f32::from_bits(bits as u32));
         }
+        if self == BF16 {
+            return f64::from(f32::from_bits((bits as u32) << 16));
+        }
         let magnitude = bits & !self.sign();
         let value = if magnitude > self.infinity() {
             f64::NAN
