@@ -75,8 +75,8 @@ fn fuse(criterion: &mut Criterion) {
                 let size = (added.iter().map(|x| x * x).sum::<f64>() / added.len() as f64).sqrt();
                 for (i, found) in column(&queue, out, token).into_iter().enumerate() {
                     let expected = base[i] + f64::from(gate) * added[i];
-                    // A hundredth of what was added, and the rounding of the page.
-                    let tolerance = if gate == 0.0 { 0.0 } else { 0.02 * size + expected.abs() / 256.0 };
+                    // Twice what inputs rounded to bf16 cost at most, and the rounding of the page.
+                    let tolerance = if gate == 0.0 { 0.0 } else { 0.015 * size + expected.abs() / 256.0 };
                     assert!(
                         (found - expected).abs() <= tolerance,
                         "{id}: {half} {i} of token {token} is {found}, expected {expected} (added rms {size})"

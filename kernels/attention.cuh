@@ -137,23 +137,38 @@ template <int D> struct TileLane {
     }
 };
 
-// Copies `ROWS` keys or values from `key` on, a multiple of ROWS, to rows `row`.. of a tile. Those outside
+// Copies `ROWS` keys and values from `key` on, a multiple of ROWS, to rows `row`.. of their tiles. Those outside
 // `first..end` become 0: slots not yet written may hold anything, NaN included, and their blocks may not exist.
 // `block` is the one of `key`, where a block has at least ROWS slots. One warp's work; the caller commits.
 template <int D, uint32_t ROWS>
-__device__ __forceinline__ void load_rows(const bf16* pages, const Keys& keys, uint32_t block, uint32_t key,
-                                          uint32_t first, uint32_t end, uint32_t tile, uint32_t row) {
-    constexpr uint32_t CHUNKS = D / 8;
+__device__ __forceinline__ void load_rows(const AttentionArgs& a, const Keys& keys, uint32_t block, uint32_t key,
+                                          uint32_t first, uint32_t end, uint32_t k_tile, uint32_t v_tile,
+                                          uint32_t row) {
+    constexpr uint32_t CHUNKS = D / 8, STEPS = ROWS * CHUNKS / WARP;
     static_assert(ROWS * CHUNKS % WARP == 0);
-    const bool one_block = (1u << keys.bits) >= ROWS;
-    const bf16* base = pages + (one_block ? keys.offset(block, key, D) : 0);
+    const bf16 *k = static_cast<const bf16*>(a.keys), *v = static_cast<const bf16*>(a.values);
+    const bool one_block = a.block_size >= ROWS;
+    if (one_block && first <= key && key + ROWS <= end) {
+        // Rows of a block follow each other.
+        const size_t from = keys.offset(block, key, D) + threadIdx.x % WARP * 8;
+#pragma unroll
+        for (uint32_t i = 0; i < STEPS; ++i) {
+            const uint32_t index = i * WARP + threadIdx.x % WARP;
+            const uint32_t to = tile_offset<D>(row + index / CHUNKS, index % CHUNKS);
+            cp_async16(k_tile + to, k + from + i * WARP * 8);
+            cp_async16(v_tile + to, v + from + i * WARP * 8);
+        }
+        return;
+    }
 #pragma unroll 1
-    for (uint32_t i = 0; i < ROWS * CHUNKS / WARP; ++i) {
+    for (uint32_t i = 0; i < STEPS; ++i) {
         const uint32_t index = i * WARP + threadIdx.x % WARP, r = index / CHUNKS, chunk = index % CHUNKS;
+        const uint32_t to = tile_offset<D>(row + r, chunk);
         const bool seen = first <= key + r && key + r < end;
-        const bf16* from = base + index * 8;
-        if (!one_block) from = seen ? pages + keys.offset(keys.block(key + r), key + r, D) + chunk * 8 : pages;
-        cp_async16(tile + tile_offset<D>(row + r, chunk), from, seen ? 16 : 0);
+        size_t from = 0;
+        if (seen) from = keys.offset(one_block ? block : keys.block(key + r), key + r, D) + chunk * 8;
+        cp_async16(k_tile + to, k + from, seen ? 16 : 0);
+        cp_async16(v_tile + to, v + from, seen ? 16 : 0);
     }
 }
 

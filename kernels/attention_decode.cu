@@ -110,7 +110,6 @@ template <int D> __device__ __forceinline__ void decode(const AttentionArgs& a) 
     const Splits splits(a, sequence);
     if (blockIdx.x >= splits.count) return;
     const Keys keys(a, sequence, part.kv_head);
-    const bf16 *k_pages = static_cast<const bf16*>(a.keys), *v_pages = static_cast<const bf16*>(a.values);
 
     const uint32_t start = splits.start + blockIdx.x * splits.length;
     const uint32_t end = min(start + splits.length, splits.end);
@@ -118,8 +117,7 @@ template <int D> __device__ __forceinline__ void decode(const AttentionArgs& a) 
         const uint32_t tile = buffers + L::BUFFERS + (warp * L::STAGES + stage) * 2 * L::TILE;
         if (key < end) {
             const uint32_t block = block_of<16>(keys, key, splits.first, end);
-            load_rows<D, 16>(k_pages, keys, block, key, splits.first, end, tile, 0);
-            load_rows<D, 16>(v_pages, keys, block, key, splits.first, end, tile + L::TILE, 0);
+            load_rows<D, 16>(a, keys, block, key, splits.first, end, tile, tile + L::TILE, 0);
         }
         cp_async_commit();
     };
@@ -232,7 +230,7 @@ template <int SLOTS> __device__ __forceinline__ void decode_plain(const Attentio
 PLAIN(128)
 PLAIN(256)
 
-// Adds up the partial results of one head of one sequence. Grid (heads, sequences).
+// Adds up the partial results of one head of one sequence. Grid (heads, sequences), a thread an element of head_dim.
 constexpr uint32_t COMBINE_THREADS = 128;
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
     attention_combine(const __grid_constant__ AttentionArgs a) {
@@ -247,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
     top = warp_max(top);
 
     // Whole warps, so that lanes can pass their splits' shares on.
-    for (uint32_t d = threadIdx.x; d - lane < a.head_dim; d += COMBINE_THREADS) {
+    for (uint32_t d = threadIdx.x; d - lane < a.head_dim; d += blockDim.x) {
         float total = 0.f, weight = 0.f;
         for (uint32_t start = 0; start < count; start += WARP) {
             const float2 stats = start == 0 ? first : stats_of(start + lane);

@@ -90,8 +90,7 @@ template <int D, int M> __device__ __forceinline__ void prefill(const AttentionA
     const auto block_at = [&](uint32_t start) { return block_of<SHARE>(keys, start + warp * SHARE, first, end); };
     const auto load = [&](uint32_t block, uint32_t start, uint32_t buffer) {
         const uint32_t key = start + warp * SHARE, to = memory + L::BUFFERS + buffer * 2 * L::TILE;
-        load_rows<D, SHARE>(static_cast<const bf16*>(a.keys), keys, block, key, first, end, to, warp * SHARE);
-        load_rows<D, SHARE>(static_cast<const bf16*>(a.values), keys, block, key, first, end, to + L::TILE, warp * SHARE);
+        load_rows<D, SHARE>(a, keys, block, key, first, end, to, to + L::TILE, warp * SHARE);
         cp_async_commit();
     };
     uint32_t start = first / KEYS * KEYS;

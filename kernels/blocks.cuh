@@ -6,17 +6,23 @@
 #pragma once
 #include "common.cuh"
 
-// Eight bytes at an address of which only ALIGN (2, 4 or 8) is known.
+// Four bytes, and eight, at an address of which only ALIGN (2, 4 or 8) is known.
+template <int ALIGN> __device__ __forceinline__ uint32_t load_bytes4(const uint8_t* p) {
+    if constexpr (ALIGN >= 4) return *reinterpret_cast<const uint32_t*>(p);
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
+    return halves[0] | uint32_t(halves[1]) << 16;
+}
 template <int ALIGN> __device__ __forceinline__ uint2 load_bytes8(const uint8_t* p) {
-    if constexpr (ALIGN >= 8) {
-        return *reinterpret_cast<const uint2*>(p);
-    } else if constexpr (ALIGN == 4) {
-        const uint32_t* words = reinterpret_cast<const uint32_t*>(p);
-        return make_uint2(words[0], words[1]);
-    } else {
-        const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
-        return make_uint2(halves[0] | uint32_t(halves[1]) << 16, halves[2] | uint32_t(halves[3]) << 16);
-    }
+#ifdef FOUR_LANES_A_ROW
+    // In shared memory, four lanes a row, rows an odd number of 16 bytes apart: those of every other row take the
+    // second word first, and a warp meets every bank once.
+    const unsigned odd = threadIdx.x / 4 % 2;
+    const uint32_t a = load_bytes4<ALIGN>(p + 4 * odd), b = load_bytes4<ALIGN>(p + 4 * (1 - odd));
+    return odd ? make_uint2(b, a) : make_uint2(a, b);
+#else
+    if constexpr (ALIGN >= 8) return *reinterpret_cast<const uint2*>(p);
+    return make_uint2(load_bytes4<ALIGN>(p), load_bytes4<ALIGN>(p + 4));
+#endif
 }
 
 // The f16 at `p`.

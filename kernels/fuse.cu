@@ -283,10 +283,12 @@ template <typename T> struct Finish {
                                                activate(GELU_ERF, y.z), activate(GELU_ERF, y.w)));
             case TO_WEIGHTS: {
                 float* weights = a.weights + line * a.target.heads + row;
-                weights[0] = sigmoid(y.x);
-                if (n > 1) weights[1] = sigmoid(y.y);
-                if (n > 2) weights[2] = sigmoid(y.z);
-                if (n > 3) weights[3] = sigmoid(y.w);
+                y = make_float4(sigmoid(y.x), sigmoid(y.y), sigmoid(y.z), sigmoid(y.w));
+                if (a.target.heads % 4 == 0) return store4(weights, y);
+                weights[0] = y.x;
+                if (n > 1) weights[1] = y.y;
+                if (n > 2) weights[2] = y.z;
+                if (n > 3) weights[3] = y.w;
                 return;
             }
             case TO_PAGES:

@@ -6,8 +6,8 @@
 // rows come straight into registers. x waits in shared memory. A row's sum has the same order for any number of tokens,
 // rows and blocks: 32 lanes, each over its columns in the order of the tiles, then a butterfly.
 //
-// Grid (blocks that share the rows, tokens / TOKENS, matrices), the matrices of one dtype. Rows of plain types begin at
-// multiples of 16 bytes: linear_f32.cu takes the others.
+// Grid (tokens / TOKENS, blocks that share the rows, matrices): what runs together reads the same rows. The matrices are
+// of one dtype. Rows of plain types begin at multiples of 16 bytes: linear_f32.cu takes the others.
 #include "lanes.cuh"
 #include "parts.cuh"
 #include "ptx.cuh"
@@ -21,7 +21,7 @@ __device__ __forceinline__ void stage_x(const PartsArgs& a, uint32_t first, uint
     const uint32_t pieces = min(tiles * TILE, a.cols - first * TILE) / 8;
 #pragma unroll
     for (unsigned t = 0; t < TOKENS; ++t) {
-        const uint32_t token = min(blockIdx.y * TOKENS + t, a.tokens - 1);
+        const uint32_t token = min(blockIdx.x * TOKENS + t, a.tokens - 1);
         const bf16* from = static_cast<const bf16*>(a.x) + size_t(token) * a.cols + first * TILE;
         const uint4* x = reinterpret_cast<const uint4*>(from);
 #pragma unroll (TOKENS == 1 ? 4 : 1)
@@ -59,7 +59,7 @@ __device__ __forceinline__ void store(const PartsArgs& a, const Part& w, uint32_
             if (lane == t) y[r] = sum;
         }
     }
-    const uint32_t token = blockIdx.y * TOKENS + lane;
+    const uint32_t token = blockIdx.x * TOKENS + lane;
     if (lane >= TOKENS || token >= a.tokens) return;
     const size_t at = size_t(token) * a.out_stride + w.column + row;
     y[0] += w.bias(row);
@@ -76,8 +76,9 @@ template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const 
     using Weights = Lane<CODE>;
     constexpr bool PLAIN = Format::LEN == 8;
     constexpr unsigned TILE_BYTES = TILE / Format::LEN * Format::BYTES;
+    constexpr unsigned PAD = Weights::PAD, GROUP_BYTES = Weights::GROUP * Format::BYTES;
     // A tile may begin in the middle of 16 bytes.
-    constexpr unsigned SLOT = PLAIN ? 0 : (TILE_BYTES + 14 + 15) / 16 * 16;
+    constexpr unsigned SLOT = PLAIN ? 0 : (TILE_BYTES + 14 + 15) / 16 * 16 + (WARP / Weights::GROUP - 1) * PAD;
     constexpr unsigned X_TILE = UNITS * Weights::PLANE;
     extern __shared__ uint4 dynamic[];
     uint8_t* xs = reinterpret_cast<uint8_t*>(dynamic);
@@ -87,7 +88,7 @@ template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const 
     const bool glu = a.epilogue == GLU;
     const Part w = part(a, blockIdx.z);
     const uint32_t row_bytes = a.cols / Format::LEN * Format::BYTES, tiles = div_up(a.cols, TILE);
-    const uint32_t step = glu ? 1 : ROWS, first = (blockIdx.x * WARPS + warp) * step, stride = gridDim.x * WARPS * step;
+    const uint32_t step = glu ? 1 : ROWS, first = (blockIdx.y * WARPS + warp) * step, stride = gridDim.y * WARPS * step;
     const uint8_t* up = static_cast<const uint8_t*>(a.weights[1]);
     // Both rows of a warp; past the last row, the last once more: it is not stored.
     const auto find = [&](uint32_t row, const uint8_t* (&rows)[ROWS]) {
@@ -110,7 +111,8 @@ template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const 
                 const uint32_t to = shared_address(ring + (slot * ROWS + r) * SLOT);
 #pragma unroll 1
                 for (uint32_t at = lane * 16; at < end; at += WARP * 16) {
-                    cp_async16(to + at, from - rest + at, min(16u, end - at));
+                    const uint32_t pad = PAD && rest == 0 ? at / GROUP_BYTES * PAD : 0;
+                    cp_async16(to + at + pad, from - rest + at, min(16u, end - at));
                 }
             }
             if (++next_tile == tiles) next_tile = 0, find(next += stride, next_rows);
@@ -169,7 +171,7 @@ template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const 
 #pragma unroll
                     for (unsigned r = 0; r < ROWS; ++r) {
                         const uint32_t rest = (reinterpret_cast<uintptr_t>(rows[r]) + tile * TILE_BYTES) % 16;
-                        mine[r].load(ring + (current * ROWS + r) * SLOT + rest, lane);
+                        mine[r].load(ring + (current * ROWS + r) * SLOT + rest, lane, rest == 0);
                     }
 #pragma unroll
                     for (int u = 0; u < int(UNITS); ++u) multiply(u, mine);

@@ -29,8 +29,8 @@ __device__ __forceinline__ void scale_signed_bytes(uint32_t bytes, float d, floa
     out[3] = fmaf(d, __uint_as_float(__byte_perm(bytes, 0x47000000u, 0x7434)), c);
 }
 
-// N words in shared memory at an address of which only ALIGN is known: aligned words, shifted together. Reads no byte
-// beyond the N words but, before them, the rest of the first aligned word.
+// N words in shared memory at an address of which only ALIGN is known: aligned words, shifted together. If ALIGN is 2, up
+// to two bytes on either side are read too; they are in the 16 bytes that were copied with the first or last word.
 template <int ALIGN, int N> __device__ __forceinline__ void load_words(const uint8_t* p, uint32_t (&out)[N]) {
     if constexpr (ALIGN >= 16 && N % 4 == 0) {
 #pragma unroll
@@ -53,23 +53,40 @@ template <int ALIGN, int N> __device__ __forceinline__ void load_words(const uin
         uint32_t low = words[0];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            uint32_t high = 0;
-            if (i + 1 < N) high = words[i + 1];
-            else if (rest) high = *reinterpret_cast<const uint16_t*>(words + N);
+            const uint32_t high = words[i + 1];
             out[i] = __funnelshift_r(low, high, rest * 8);
             low = high;
         }
     }
 }
+// The f16 at `p` and the N words after it.
+template <int N> __device__ __forceinline__ float load_scale_and_words(const uint8_t* p, uint32_t (&out)[N]) {
+    const uint32_t rest = reinterpret_cast<uintptr_t>(p) & 2;
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(p - rest);
+    uint32_t low = words[0];
+    const __half_raw scale = {static_cast<unsigned short>(low >> rest * 8)};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const uint32_t high = words[i + 1];
+        out[i] = __funnelshift_rc(low, high, 16 + rest * 8);
+        low = high;
+    }
+    return __half2float(scale);
+}
+__device__ __forceinline__ float2 halves(uint32_t pair) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
 
 // `PLANE`: bytes between the units of a tile of the vector in shared memory: 32 lanes of 16 bytes and padding that
 // spreads the words of a sub-block over the banks when they are stored. `ADJACENT`: quads 2i and 2i + 1 are one unit.
+// `PAD`: bytes left free after every `GROUP` lanes' blocks of the ring, which keep the lanes' words in different banks;
+// only where a tile begins at 16 bytes, else blocks lie across the gaps.
 template <int CODE> struct Lane;
 
 // The plain types: unit u of lane l is columns 256 u + 8 l.. of the tile, of whose columns the row has `left`. They are
 // read from global memory directly, all of them before the first is used.
 template <int CODE> struct PlainLane {
-    static constexpr unsigned PLANE = 512, SIZE = Block<CODE>::BYTES / 8, WORDS = Block<CODE>::BYTES / 16;
+    static constexpr unsigned PLANE = 512, GROUP = WARP, PAD = 0, SIZE = Block<CODE>::BYTES / 8, WORDS = Block<CODE>::BYTES / 16;
     static constexpr bool ADJACENT = true;
     static __device__ __forceinline__ unsigned place(unsigned quad) { return quad * 8; }
     static __device__ __forceinline__ unsigned column(int u, unsigned lane) { return u * 256 + lane * 8; }
@@ -93,28 +110,35 @@ template <> struct Lane<F16> : PlainLane<F16> {};
 template <> struct Lane<BF16> : PlainLane<BF16> {};
 
 // The formats of 32 elements: a block a lane, unit u its columns 4 u + 0..3 and 16 + 4 u + 0..3.
-struct Lane32 {
-    static constexpr unsigned PLANE = 512 + 32;
+template <int CODE, unsigned GROUP_ = WARP, unsigned PAD_ = 0> struct Lane32 {
+    static constexpr unsigned PLANE = 512 + 32, GROUP = GROUP_, PAD = PAD_;
     static constexpr bool ADJACENT = false;
     static __device__ __forceinline__ unsigned place(unsigned quad) {
         return quad % 4 * PLANE + quad / 8 * 16 + quad / 4 % 2 * 8;
     }
+    static __device__ __forceinline__ const uint8_t* block(const uint8_t* tile, unsigned lane, bool padded) {
+        return tile + lane * Block<CODE>::BYTES + (padded ? lane / GROUP * PAD : 0);
+    }
 };
 
-template <int CODE, bool MIN, bool FIFTH> struct NibbleLane : Lane32 {
-    using Format = Block<CODE>;
+template <int CODE, bool MIN, bool FIFTH, unsigned... PADDING> struct NibbleLane : Lane32<CODE, PADDING...> {
     uint32_t quants[4], high;
     float d, c;
-    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane) {
-        const uint8_t* block = tile + lane * Format::BYTES;
-        d = load_half(block);
-        c = MIN ? load_half(block + 2) - 128.f * d : -d * (FIFTH ? 144.f : 136.f);
-        load_words<Format::ALIGN>(block + Format::QUANTS, quants);
-        if constexpr (FIFTH) {
-            uint32_t bits[1];
-            load_words<(Format::ALIGN > 4 ? 4 : Format::ALIGN)>(block + Format::HIGH, bits);
-            high = bits[0];
+    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane, bool padded) {
+        const uint8_t* block = this->block(tile, lane, padded);
+        constexpr int HEAD = FIFTH ? 1 : 0;
+        uint32_t words[MIN + HEAD + 4];
+        if constexpr (MIN) {
+            load_words<Block<CODE>::ALIGN>(block, words);
+            const float2 both = halves(words[0]);
+            d = both.x, c = both.y - 128.f * d;
+        } else {
+            d = load_scale_and_words(block, words);
+            c = -d * (FIFTH ? 144.f : 136.f);
         }
+        if constexpr (FIFTH) high = words[MIN];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) quants[i] = words[MIN + HEAD + i];
     }
     __device__ __forceinline__ void unit(int u, float (&out)[8]) const {
         uint32_t first = quants[u] & 0x0f0f0f0fu, second = quants[u] >> 4 & 0x0f0f0f0fu;
@@ -122,18 +146,16 @@ template <int CODE, bool MIN, bool FIFTH> struct NibbleLane : Lane32 {
         scale_bytes(first, d, c, out), scale_bytes(second, d, c, out + 4);
     }
 };
-template <> struct Lane<Q4_0> : NibbleLane<Q4_0, false, false> {};
+template <> struct Lane<Q4_0> : NibbleLane<Q4_0, false, false, 8, 16> {};
 template <> struct Lane<Q4_1> : NibbleLane<Q4_1, true, false> {};
 template <> struct Lane<Q5_0> : NibbleLane<Q5_0, false, true> {};
 template <> struct Lane<Q5_1> : NibbleLane<Q5_1, true, true> {};
 
-template <> struct Lane<IQ4_NL> : Lane32 {
+template <> struct Lane<IQ4_NL> : Lane32<IQ4_NL, 8, 16> {
     uint32_t quants[4];
     float d;
-    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane) {
-        const uint8_t* block = tile + lane * Block<IQ4_NL>::BYTES;
-        d = load_half(block);
-        load_words<2>(block + 2, quants);
+    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane, bool padded) {
+        d = load_scale_and_words(block(tile, lane, padded), quants);
     }
     __device__ __forceinline__ void unit(int u, float (&out)[8]) const {
         const float c = -d * (32768.f + 128.f);
@@ -142,13 +164,11 @@ template <> struct Lane<IQ4_NL> : Lane32 {
     }
 };
 
-template <> struct Lane<Q8_0> : Lane32 {
+template <> struct Lane<Q8_0> : Lane32<Q8_0, 16, 32> {
     uint32_t quants[8];
     float d;
-    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane) {
-        const uint8_t* block = tile + lane * Block<Q8_0>::BYTES;
-        d = load_half(block);
-        load_words<2>(block + 2, quants);
+    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane, bool padded) {
+        d = load_scale_and_words(block(tile, lane, padded), quants);
     }
     __device__ __forceinline__ void unit(int u, float (&out)[8]) const {
         const float c = -d * (32768.f + 128.f);
@@ -159,7 +179,7 @@ template <> struct Lane<Q8_0> : Lane32 {
 // Q2_K and Q3_K: lane 8 s + p has bytes 8 p..8 p + 7 of superblock s's quants; unit u is their bits 2 u, 2 u + 1, eight
 // consecutive columns of quarter u of the half p / 4.
 struct TwoBitLane {
-    static constexpr unsigned PLANE = 512 + 64;
+    static constexpr unsigned PLANE = 512 + 64, GROUP = WARP, PAD = 0;
     static constexpr bool ADJACENT = true;
     static __device__ __forceinline__ unsigned place(unsigned quad) {
         const unsigned lane = quad / 64 * 8 + quad / 32 % 2 * 4 + quad / 2 % 4;
@@ -171,13 +191,15 @@ template <> struct Lane<Q2_K> : TwoBitLane {
     uint32_t quants[2], scales[2];
     float d, dmin;
     unsigned side;
-    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane) {
+    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane, bool) {
         const uint8_t* block = tile + lane / 8 * Block<Q2_K>::BYTES;
         const unsigned p = lane % 8;
         side = p / 2 % 2 * 8;
         load_words<4>(block + p / 4 * 8, scales);
         load_words<4>(block + 16 + p * 8, quants);
-        d = load_half(block + 80), dmin = load_half(block + 82);
+        uint32_t both[1];
+        load_words<4>(block + 80, both);
+        d = halves(both[0]).x, dmin = halves(both[0]).y;
     }
     __device__ __forceinline__ void unit(int u, float (&out)[8]) const {
         const uint32_t scale = scales[u / 2] >> (u % 2 * 16 + side);
@@ -192,7 +214,7 @@ template <> struct Lane<Q3_K> : TwoBitLane {
     uint32_t quants[2], third[2], scales[3];
     float d;
     unsigned half, side;
-    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane) {
+    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane, bool) {
         const uint8_t* block = tile + lane / 8 * Block<Q3_K>::BYTES;
         const unsigned p = lane % 8;
         half = p / 4, side = p / 2 % 2 * 8;
@@ -217,7 +239,7 @@ template <> struct Lane<Q3_K> : TwoBitLane {
 // nibbles, half of the next in the high ones; unit u is word u of them.
 template <int CODE, bool FIFTH> struct KNibbleLane {
     using Format = Block<CODE>;
-    static constexpr unsigned PLANE = 512 + 32;
+    static constexpr unsigned PLANE = 512 + 32, GROUP = WARP, PAD = 0;
     static constexpr bool ADJACENT = false;
     static __device__ __forceinline__ unsigned place(unsigned quad) {
         const unsigned lane = quad / 64 * 8 + quad / 16 % 4 * 2 + quad / 4 % 2;
@@ -225,7 +247,7 @@ template <int CODE, bool FIFTH> struct KNibbleLane {
     }
     uint32_t quants[4], high[4];
     float d[2], c[2];
-    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane) {
+    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane, bool) {
         const uint8_t* block = tile + lane / 8 * Format::BYTES;
         const unsigned p = lane % 8;
         uint32_t head[4];
@@ -241,7 +263,7 @@ template <int CODE, bool FIFTH> struct KNibbleLane {
         const uint32_t a = head[1] >> shift, b = head[2] >> shift, rest = head[3] >> shift;
         const uint32_t scales = p < 4 ? a & 0x3f3f : (rest & 0x0f0f) | (a >> 2 & 0x3030);
         const uint32_t minima = p < 4 ? b & 0x3f3f : (rest >> 4 & 0x0f0f) | (b >> 2 & 0x3030);
-        const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&head[0]));
+        const float2 both = halves(head[0]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             d[i] = both.x * small_to_float(scales >> 8 * i & 63);
@@ -260,7 +282,7 @@ template <> struct Lane<Q5_K> : KNibbleLane<Q5_K, true> {};
 // Lane 8 s + p has bytes 16 p..16 p + 15 of superblock s's low nibbles: a sub-block of 16 in the low ones, the one 64
 // columns on in the high ones; unit u is word u of them.
 template <> struct Lane<Q6_K> {
-    static constexpr unsigned PLANE = 512 + 32;
+    static constexpr unsigned PLANE = 512 + 32, GROUP = WARP, PAD = 0;
     static constexpr bool ADJACENT = false;
     static __device__ __forceinline__ unsigned place(unsigned quad) {
         const unsigned lane = quad / 64 * 8 + quad / 32 % 2 * 4 + quad / 4 % 4;
@@ -268,7 +290,7 @@ template <> struct Lane<Q6_K> {
     }
     uint32_t low[4], high[4];
     float d[2];
-    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane) {
+    __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane, bool) {
         const uint8_t* block = tile + lane / 8 * Block<Q6_K>::BYTES;
         const unsigned p = lane % 8;
         load_words<2>(block + p * 16, low);

@@ -6,6 +6,7 @@
 //
 // Grid (tokens / tile, rows / tile, matrices), the matrices of one dtype; neighbours share the weights. Rows of plain
 // types begin at multiples of 16 bytes: linear_f32.cu takes the others.
+#define FOUR_LANES_A_ROW
 #include "blocks.cuh"
 #include "matmul.cuh"
 #include "parts.cuh"
@@ -43,9 +44,11 @@ template <int CODE, unsigned TILE_ROWS> struct RawRows {
     using Format = Block<CODE>;
     static constexpr unsigned COLUMNS = Format::LEN == 8 ? 64 : CODE == Q8_0 ? 128 : 256, TILES = COLUMNS / DEPTH;
     static constexpr unsigned LENGTH = COLUMNS / Format::LEN * Format::BYTES;
-    // A row may begin in the middle of 16 bytes. An odd number of them: then eight rows' words are in different banks.
+    // A row may begin in the middle of 16 bytes. Rows are an odd number of them apart, or of f16 an odd number of 64
+    // bytes: then the words that are read at a time are in different banks, unless rows begin differently.
     static constexpr unsigned LAST = Format::ALIGN >= 16 ? 0 : 16 - Format::ALIGN;
-    static constexpr unsigned PIECES_EACH = (LENGTH + LAST + 15) / 16, SLOT = (PIECES_EACH | 1) * 16;
+    static constexpr unsigned PIECES_EACH = CODE == F16 ? LENGTH / 16 : (LENGTH + LAST + 15) / 16 | 1;
+    static constexpr unsigned SLOT = CODE == F16 ? LENGTH + 64 : PIECES_EACH * 16;
     static constexpr unsigned BYTES = 2 * TILE_ROWS * SLOT;
 
     const TileRows& r;

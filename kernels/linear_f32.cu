@@ -49,47 +49,67 @@ __device__ __forceinline__ void x8(const PartsArgs& a, uint32_t token, uint32_t 
     elements8<X>(static_cast<const uint8_t*>(a.x), token, column, a.cols, out);
 }
 
-// Tiles of shared memory are [depth, 64]: element (k, i) is at 64 k + (i ^ k / 8 * 8), so that neither the stores, eight
-// k's of one i a thread, nor the loads, four i's of one k, meet in a bank.
+// Tiles of shared memory are [depth, 64]: element (k, i) is at 64 k + (i ^ k / 4 * 4), so that neither the stores, four or
+// eight k's of one i a thread, nor the loads, four i's of one k, meet in a bank.
 constexpr unsigned SIDE = 64, DEPTH = 32, THREADS = 256, EACH = 4;
 static_assert(SIDE * DEPTH == THREADS * 8 && SIDE * SIDE == THREADS * EACH * EACH);
 
-__device__ __forceinline__ void store_tile(float (&tile)[DEPTH][SIDE], unsigned i, unsigned k, const float (&v)[8]) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) tile[k + j][i ^ k] = v[j];
+__device__ __forceinline__ void store_tile(float (&tile)[DEPTH][SIDE], unsigned i, unsigned k, float4 v) {
+    tile[k][i ^ k] = v.x, tile[k + 1][i ^ k] = v.y, tile[k + 2][i ^ k] = v.z, tile[k + 3][i ^ k] = v.w;
 }
 __device__ __forceinline__ float4 load_tile(const float (&tile)[DEPTH][SIDE], unsigned k, unsigned i) {
-    return *reinterpret_cast<const float4*>(&tile[k][i ^ k / 8 * 8]);
+    return *reinterpret_cast<const float4*>(&tile[k][i ^ k / 4 * 4]);
 }
+__device__ __forceinline__ bool is_plain(uint32_t dtype) { return dtype == F32 || dtype == F16 || dtype == BF16; }
 
 // Row i of a block's 64: of a GLU, gate and up in turn.
-extern "C" __global__ void __launch_bounds__(THREADS, 4) linear_f32(const __grid_constant__ PartsArgs a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 3) linear_f32(const __grid_constant__ PartsArgs a) {
     __shared__ __align__(16) float tiles[2][DEPTH][SIDE];
     auto &w_tile = tiles[0], &x_tile = tiles[1];
     const bool glu = a.epilogue == GLU;
     const Part w = part(a, blockIdx.z), up = part(a, 1);
     const uint32_t rows_each = glu ? SIDE / 2 : SIDE, first_row = blockIdx.x * rows_each, first_token = blockIdx.y * SIDE;
     if (first_row >= w.rows) return;
-    // What this thread brings: eight columns of one row and one token.
-    const unsigned i = threadIdx.x / (DEPTH / 8), k = threadIdx.x % (DEPTH / 8) * 8;
-    const Part source = part(a, glu ? i % 2 : blockIdx.z);
-    const uint32_t row = first_row + (glu ? i / 2 : i), token = first_token + i;
+    // What this thread brings: of blocks, eight columns of row `i8`; of x and plain weights, four of row `i4` and of the
+    // row 32 further, so that neighbours read neighbours.
+    const unsigned i8 = threadIdx.x / (DEPTH / 8), k8 = threadIdx.x % (DEPTH / 8) * 8;
+    const unsigned i4 = threadIdx.x / (DEPTH / 4), k4 = threadIdx.x % (DEPTH / 4) * 4;
+    const Part w8 = part(a, glu ? i8 % 2 : blockIdx.z), w4 = part(a, glu ? i4 % 2 : blockIdx.z);
+    const bool blocks = !is_plain(w8.dtype), plain = is_plain(w4.dtype);
+    const auto row = [&](unsigned i) { return first_row + (glu ? i / 2 : i); };
     // What it computes: four rows of four tokens.
     const unsigned r = threadIdx.x % (SIDE / EACH) * EACH, t = threadIdx.x / (SIDE / EACH) * EACH;
     float sums[EACH][EACH] = {};
     for (uint32_t column = 0; column < a.cols; column += DEPTH) {
-        float v[8] = {};
-        if (row < w.rows && column + k < a.cols) weights8(source, row, column + k, a.cols, v);
-        float u[8] = {};
-        if (token < a.tokens && column + k < a.cols) x8<F32>(a, token, column + k, u);
+        float v8[8] = {};
+        if (blocks && row(i8) < w.rows && column + k8 < a.cols) weights8(w8, row(i8), column + k8, a.cols, v8);
+        const unsigned left = column + k4 < a.cols ? a.cols - column - k4 : 0;
+        const auto quad = [&](const void* from, uint32_t dtype, uint32_t at, uint32_t rows) {
+            return load_float4(from, dtype, size_t(at) * a.cols + column + k4, at < rows ? left : 0);
+        };
+        float4 v4[2], x4[2];
+#pragma unroll
+        for (unsigned h = 0; h < 2; ++h) {
+            const unsigned i = i4 + h * (SIDE / 2);
+            if (plain) v4[h] = quad(w4.weights, w4.dtype, row(i), w.rows);
+            x4[h] = quad(a.x, F32, first_token + i, a.tokens);
+        }
         __syncthreads();
-        store_tile(w_tile, i, k, v);
-        store_tile(x_tile, i, k, u);
+        if (blocks) {
+            store_tile(w_tile, i8, k8, make_float4(v8[0], v8[1], v8[2], v8[3]));
+            store_tile(w_tile, i8, k8 + 4, make_float4(v8[4], v8[5], v8[6], v8[7]));
+        }
+#pragma unroll
+        for (unsigned h = 0; h < 2; ++h) {
+            const unsigned i = i4 + h * (SIDE / 2);
+            if (plain) store_tile(w_tile, i, k4, v4[h]);
+            store_tile(x_tile, i, k4, x4[h]);
+        }
         __syncthreads();
 #pragma unroll 8
         for (unsigned d = 0; d < DEPTH; ++d) {
-            const float4 w4 = load_tile(w_tile, d, r), x4 = load_tile(x_tile, d, t);
-            const float ws[EACH] = {w4.x, w4.y, w4.z, w4.w}, xs[EACH] = {x4.x, x4.y, x4.z, x4.w};
+            const float4 wd = load_tile(w_tile, d, r), xd = load_tile(x_tile, d, t);
+            const float ws[EACH] = {wd.x, wd.y, wd.z, wd.w}, xs[EACH] = {xd.x, xd.y, xd.z, xd.w};
 #pragma unroll
             for (unsigned y = 0; y < EACH; ++y) {
 #pragma unroll

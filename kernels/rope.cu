@@ -27,6 +27,17 @@ template <typename T, int N> struct __align__(sizeof(T) * N) Packed {
     T x[N];
 };
 
+// One store each: the compiler takes those of two elements apart.
+__device__ __forceinline__ void store_packed(bf16* to, const float (&x)[2]) {
+    *reinterpret_cast<uint32_t*>(to) = pack_bf16(x[0], x[1]);
+}
+__device__ __forceinline__ void store_packed(float* to, const float (&x)[2]) {
+    *reinterpret_cast<uint64_t*>(to) = uint64_t(__float_as_uint(x[1])) << 32 | __float_as_uint(x[0]);
+}
+template <typename T> __device__ __forceinline__ void store_packed(T* to, const float (&x)[1]) {
+    *to = from_float<T>(x[0]);
+}
+
 // A lane's share of a head: pairs `index(i)`, N consecutive ones each.
 template <int N> struct Pairs {
     static constexpr int STEPS = MAX_DIM / 2 / WARP / N;
@@ -58,37 +69,34 @@ template <int N> struct Pairs {
 
     template <typename T> __device__ void store(T* to, uint32_t half) const {
         each(half, [&](int step, uint32_t i) {
-            Packed<T, N> a, b;
-#pragma unroll
-            for (int n = 0; n < N; ++n) a.x[n] = from_float<T>(low[step][n]), b.x[n] = from_float<T>(high[step][n]);
-            *reinterpret_cast<Packed<T, N>*>(to + i) = a;
-            *reinterpret_cast<Packed<T, N>*>(to + half + i) = b;
+            store_packed(to + i, low[step]);
+            store_packed(to + half + i, high[step]);
         });
     }
 
-    // `weight`: of the pairs' elements, in the order they were loaded in.
-    __device__ void normalise(const float* weight, uint32_t half, float eps, bool interleaved) {
+    __device__ void normalise(const Pairs& weight, uint32_t half, float eps) {
         float squares = 0.f;
         each(half, [&](int step, uint32_t) {
 #pragma unroll
             for (int n = 0; n < N; ++n) squares += low[step][n] * low[step][n] + high[step][n] * high[step][n];
         });
         const float scale = 1.f / sqrtf(warp_sum(squares) / float(2 * half) + eps);
-        each(half, [&](int step, uint32_t i) {
+        each(half, [&](int step, uint32_t) {
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                const uint32_t j = i + n;
-                low[step][n] *= scale * weight[interleaved ? 2 * j : j];
-                high[step][n] *= scale * weight[interleaved ? 2 * j + 1 : half + j];
+                low[step][n] *= scale * weight.low[step][n];
+                high[step][n] *= scale * weight.high[step][n];
             }
         });
     }
 
-    __device__ void rotate(const float* cos_sin, uint32_t half) {
-        each(half, [&](int step, uint32_t i) {
+    // By angles whose cosines are `low` and sines `high`.
+    __device__ void rotate(const Pairs& angles, uint32_t half) {
+        each(half, [&](int step, uint32_t) {
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                const float a = low[step][n], b = high[step][n], cos = cos_sin[i + n], sin = cos_sin[half + i + n];
+                const float a = low[step][n], b = high[step][n];
+                const float cos = angles.low[step][n], sin = angles.high[step][n];
                 low[step][n] = a * cos - b * sin;
                 high[step][n] = b * cos + a * sin;
             }
@@ -98,8 +106,9 @@ template <int N> struct Pairs {
 
 // N: pairs that a lane takes together; half a head is a multiple of it.
 template <typename T, typename P, int N> __device__ __forceinline__ void rope_kv_write(const RopeArgs& a) {
-    __shared__ float cos_sin[TOKENS][MAX_DIM];
-    __shared__ float norms[2][MAX_DIM];
+    __shared__ __align__(16) float cos_sin[TOKENS][MAX_DIM];
+    __shared__ __align__(16) float norms[2][MAX_DIM];
+    __shared__ uint32_t slots[TOKENS];
     const uint32_t first_token = blockIdx.x * TOKENS, tokens = min(TOKENS, a.tokens - first_token);
     const uint32_t first_head = blockIdx.y * WARPS, qk_heads = a.heads + a.kv_heads, half = a.head_dim / 2;
     if (first_head < qk_heads) {
@@ -111,27 +120,34 @@ template <typename T, typename P, int N> __device__ __forceinline__ void rope_kv
                 norms[1][i] = a.norm_offset + load_float(a.k_norm, a.k_norm_dtype, i);
         }
     }
+    if (threadIdx.x < tokens) slots[threadIdx.x] = a.slots[first_token + threadIdx.x];
     __syncthreads();
 
     const uint32_t head = first_head + threadIdx.x / WARP;
     if (head >= qk_heads + a.kv_heads) return;
     const bool is_q = head < a.heads, is_v = head >= qk_heads;
     const bool normed = !is_v && (is_q ? a.q_norm : a.k_norm), interleaved = a.interleaved && !is_v;
+    Pairs<N> weight;
+    if (normed) weight.load(norms[is_q ? 0 : 1], half, interleaved);
 #pragma unroll 1
     for (uint32_t t = 0; t < tokens; ++t) {
         const uint32_t token = first_token + t;
         T* x = static_cast<T*>(a.qkv) + (size_t(token) * (qk_heads + a.kv_heads) + head) * a.head_dim;
         Pairs<N> pairs;
         pairs.load(x, half, interleaved);
-        if (normed) pairs.normalise(norms[is_q ? 0 : 1], half, a.norm_eps, interleaved);
-        if (!is_v) pairs.rotate(cos_sin[t], half);
+        if (normed) pairs.normalise(weight, half, a.norm_eps);
+        if (!is_v) {
+            Pairs<N> angles;
+            angles.load(cos_sin[t], half, false);
+            pairs.rotate(angles, half);
+        }
         if (is_q) {
             __syncwarp();  // Every lane has read what others overwrite: the orders of pairs may differ.
             pairs.store(x, half);
         } else {
             P* pages = static_cast<P*>(is_v ? a.values : a.keys);
             const uint32_t kv_head = head - (is_v ? qk_heads : a.heads);
-            pairs.store(pages + page_offset(a.slots[token], kv_head, a.kv_heads, a.block_size, a.head_dim), half);
+            pairs.store(pages + page_offset(slots[t], kv_head, a.kv_heads, a.block_size, a.head_dim), half);
         }
     }
 }

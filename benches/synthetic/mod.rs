@@ -150,10 +150,11 @@ impl Synthetic<'_> {
     }
 }
 
-/// How far numbers of a whole model may be from f32 arithmetic, in parts of their root mean square. Rounding of every
-/// layer adds up: 0.02 where only the cache is in bf16, 0.1 with int8 activations; something wrong is off by 1.
+/// How far numbers of a whole model may be from f32 arithmetic, in parts of their root mean square: twice what the plain
+/// computation in that precision is off by. Rounding of every layer adds up: 0.02 where only the cache is in bf16,
+/// 0.042 where the products are too (AVX512-BF16), 0.1 with int8 activations; something wrong is off by 1.
 pub fn tolerance(dtype: DType) -> f64 {
-    if dtype.is_quantized() { 0.15 } else { 0.08 }
+    if dtype.is_quantized() { 0.15 } else { 0.085 }
 }
 
 /// A lane of `decoder` for `tokens` tokens, with a cache as exact as the decoder: F32 or BF16.

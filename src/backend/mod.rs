@@ -251,6 +251,18 @@ pub trait Backend: Send + Sync {
     );
     fn soft_cap(&self, queue: usize, cap: f32, x: &Tensor);
     fn fuse(&self, queue: usize, p: ops::FuseParams, extent: ops::FuseExtent, operands: &ops::FuseOperands);
+
+    /// Drawing tokens on the device; `None` where logits lie with the host, which then draws.
+    fn draw_tokens(&self) -> Option<&dyn DrawTokens> {
+        None
+    }
+}
+
+/// A device that draws tokens itself: a token is shorter to carry than a row of logits.
+pub trait DrawTokens {
+    /// U32 elements of scratch to draw from `rows` rows of logits and rank `k` tokens of each.
+    fn scratch_len(&self, rows: usize, vocab: usize, k: usize) -> usize;
+    fn sample(&self, queue: usize, operands: &ops::SampleOperands);
 }
 
 /// Typed host access through a queue.

@@ -1,7 +1,10 @@
 //! Logits to token.
 
 use super::{Rules, SamplingError, SamplingParams, TokenCounts, TokenLogprobs, select, softmax};
-use crate::rng::{Purpose, Rng, Stream};
+use crate::{
+    ops::{MAX_RANKED, SampleRow, SampledRow},
+    rng::{Purpose, Rng, Stream},
+};
 
 /// A token drawn.
 #[derive(Clone, Debug, PartialEq)]
@@ -72,6 +75,42 @@ impl Sampler {
         self.step += 1;
         let logprobs = self.params.logprobs.map(|n| TokenLogprobs::new(logits, token, n));
         Ok(Sampled { token, logprobs })
+    }
+
+    /// What a device needs to draw the next token as [`Sampler::sample`] would; `None` where that takes the logits: with penalties
+    /// or log-probabilities, or more ranked tokens than a device has room for.
+    pub fn row(&self) -> Option<SampleRow> {
+        let p = &self.params;
+        let too_many = p.top_k.is_some_and(|k| k > MAX_RANKED);
+        if p.penalises() || p.logprobs.is_some() || too_many {
+            return None;
+        }
+        Some(SampleRow {
+            seed: [p.seed as u32, (p.seed >> 32) as u32],
+            choice: p.choice,
+            step: self.step,
+            temperature: if p.is_greedy() { 0.0 } else { p.temperature },
+            top_k: p.top_k.unwrap_or(0) as u32,
+            top_p: p.top_p,
+            min_p: p.min_p,
+            published: u32::from(p.rules == Rules::Published),
+        })
+    }
+
+    /// Takes what a device drew as the answer's next token; `None` if it could not draw.
+    pub fn accept(&mut self, row: &SampledRow) -> Result<Option<Sampled>, SamplingError> {
+        match row.status {
+            SampledRow::DRAWN => {}
+            SampledRow::NEEDS_HOST => return Ok(None),
+            SampledRow::NOT_A_NUMBER => {
+                return Err(self.unusable(&format!("token {} is not a number", row.token)));
+            }
+            SampledRow::INFINITE => return Err(self.unusable("a logit is infinite")),
+            _ => return Err(self.unusable("no token is possible")),
+        }
+        self.counts.push(row.token);
+        self.step += 1;
+        Ok(Some(Sampled { token: row.token, logprobs: None }))
     }
 
     /// The distribution that the next token is drawn from: for analysis and tests.

@@ -13,6 +13,7 @@ mod glu;
 mod linear;
 mod norm;
 mod rope;
+mod sample;
 mod scratch;
 
 pub use attention::{AttentionOperands, AttentionParams, paged_attention};
@@ -24,6 +25,7 @@ pub use glu::{Activation, GluParams, linear_glu, soft_cap};
 pub use linear::{LinearParams, Pass, Weight, WeightPart, linear};
 pub use norm::{NormOutput, RmsNormParams, rms_norm};
 pub use rope::{RopeOperands, RopeParams, rope_kv_write};
+pub use sample::{MAX_RANKED, SampleOperands, SampleRow, SampledRow, sample};
 pub use scratch::Scratch;
 
 use crate::backend::{DType, Precision, Queue, Tensor};

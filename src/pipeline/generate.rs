@@ -2,7 +2,7 @@
 
 use super::{Error, Lane};
 use crate::{
-    engine::{Sampler, SamplingParams, StopMatcher, TokenLogprobs},
+    engine::{Sampled, Sampler, SamplingParams, StopMatcher, TokenLogprobs},
     tokenizer::Detokenizer,
 };
 use serde::Serialize;
@@ -46,7 +46,7 @@ pub struct Stream<'a> {
 /// Each drawn token but the last is appended to the lane: its cache then holds the prompt and the answer so far.
 pub fn generate(
     lane: &mut Lane,
-    mut logits: Vec<f32>,
+    logits: Vec<f32>,
     params: &SamplingParams,
     mut stream: Stream,
 ) -> Result<Generation, Error> {
@@ -60,16 +60,20 @@ pub fn generate(
         scores: Vec::new(),
         decode: Duration::ZERO,
     };
+    let mut next = Next::Logits(logits);
     let mut begin = None;
     loop {
-        let sampled = sampler.sample(&logits)?;
+        let sampled = match &next {
+            Next::Logits(logits) => sampler.sample(logits)?,
+            Next::Sampled(sampled) => sampled.clone(),
+        };
         let begin = *begin.get_or_insert_with(Instant::now);
         if params.ends_at(sampled.token) {
             answer.finish_reason = FinishReason::Stop;
             break;
         }
-        if stream.keep_scores {
-            answer.scores.extend(&logits);
+        if let (true, Next::Logits(logits)) = (stream.keep_scores, &next) {
+            answer.scores.extend(logits);
         }
         answer.tokens.push(sampled.token);
         answer.logprobs.extend(sampled.logprobs);
@@ -87,7 +91,7 @@ pub fn generate(
         {
             break;
         }
-        logits = lane.step(sampled.token)?;
+        next = step(lane, &mut sampler, sampled.token, stream.keep_scores)?;
     }
     if let Some(detokenizer) = stream.detokenizer.take() {
         let step = stop.push(&detokenizer.finish());
@@ -100,6 +104,24 @@ pub fn generate(
         }
     }
     Ok(answer)
+}
+
+/// What the next token comes from.
+enum Next {
+    Logits(Vec<f32>),
+    /// Drawn on the device.
+    Sampled(Sampled),
+}
+
+fn step(lane: &mut Lane, sampler: &mut Sampler, id: u32, keep_scores: bool) -> Result<Next, Error> {
+    let row = sampler.row().filter(|_| !keep_scores);
+    let Some(drawn) = row.map(|row| lane.step_drawn(id, &row)).transpose()?.flatten() else {
+        return Ok(Next::Logits(lane.step(id)?));
+    };
+    match sampler.accept(&drawn)? {
+        Some(sampled) => Ok(Next::Sampled(sampled)),
+        None => Ok(Next::Logits(lane.step_logits()?)),
+    }
 }
 
 fn emit(answer: &mut Generation, on_text: &mut &mut dyn FnMut(&str), text: &str) {

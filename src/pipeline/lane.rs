@@ -2,10 +2,10 @@
 
 use super::Error;
 use crate::{
-    backend::{Event, Graph, Queue},
+    backend::{DType, Event, Graph, Queue, Tensor},
     cache::{BlockTable, KvColumns, PagedKv},
     model::{Activations, Batch, Decoder, Extent, Goal, Head, SequenceStep},
-    ops::Pass,
+    ops::{self, MAX_RANKED, Pass, SampleOperands, SampleRow, SampledRow},
 };
 use std::sync::Arc;
 
@@ -34,6 +34,34 @@ struct DecodeStep {
     batch: Batch,
     head: Head,
     graph: Graph,
+    draw: Option<Draw>,
+}
+
+/// Ranked tokens among which a nucleus is nearly always found.
+const NUCLEUS: usize = 128;
+
+/// What a device that draws needs for it.
+struct Draw {
+    row: Tensor,
+    ids: Tensor,
+    values: Tensor,
+    scratch: Tensor,
+    out: Tensor,
+}
+
+impl Draw {
+    fn new(queue: &Queue, vocab: usize) -> Result<Option<Draw>, Error> {
+        let backend = queue.backend();
+        let Some(device) = backend.draw_tokens() else { return Ok(None) };
+        let alloc = |dtype: DType, dims: &[usize]| backend.alloc(dtype, dims, "drawing tokens");
+        Ok(Some(Draw {
+            row: alloc(DType::U32, &[1, size_of::<SampleRow>() / 4])?,
+            ids: alloc(DType::U32, &[MAX_RANKED])?,
+            values: alloc(DType::F32, &[MAX_RANKED])?,
+            scratch: alloc(DType::U32, &[device.scratch_len(1, vocab, MAX_RANKED)])?,
+            out: alloc(DType::U32, &[1, size_of::<SampledRow>() / 4])?,
+        }))
+    }
 }
 
 impl Lane {
@@ -148,6 +176,53 @@ impl Lane {
 
     /// One decode step: appends `id` at the next position and returns the logits after it.
     pub fn step(&mut self, id: u32) -> Result<Vec<f32>, Error> {
+        self.issue_step(id)?;
+        self.step_logits()
+    }
+
+    /// The same on a device that draws: what it drew, while the logits stay there for [`Lane::step_logits`].
+    ///
+    /// `None`, and nothing is done, on a device that does not draw.
+    pub fn step_drawn(&mut self, id: u32, row: &SampleRow) -> Result<Option<SampledRow>, Error> {
+        if self.queue.backend().draw_tokens().is_none() {
+            return Ok(None);
+        }
+        self.issue_step(id)?;
+        let Some(step) = &self.decode else { return Ok(None) };
+        let Some(draw) = &step.draw else { return Ok(None) };
+        let greedy = row.temperature == 0.0;
+        let k = match row.top_k {
+            _ if greedy => 0,
+            0 if row.top_p < 1.0 => NUCLEUS,
+            k => k as usize,
+        };
+        let ranked = |all: &Tensor| all.narrow(0, k).and_then(|some| some.reshape(&[1, k]));
+        let operands = SampleOperands {
+            logits: step.head.logits.clone(),
+            rows: (!greedy).then(|| draw.row.clone()),
+            ranked: ranked(&draw.ids).zip(ranked(&draw.values)).filter(|_| k > 0),
+            sums: !greedy && row.top_k == 0,
+            scratch: draw.scratch.clone(),
+            out: draw.out.clone(),
+        };
+        if !greedy {
+            self.queue.upload::<u32>(bytemuck::cast_slice(std::slice::from_ref(row)), &draw.row);
+        }
+        ops::sample(&self.queue, &operands)?;
+        let bytes = self.queue.download(&draw.out)?;
+        Ok(Some(bytemuck::pod_read_unaligned(&bytes)))
+    }
+
+    /// Logits `[vocab]` after the last decode step.
+    ///
+    /// # Panics
+    /// If there was none.
+    pub fn step_logits(&self) -> Result<Vec<f32>, Error> {
+        let step = self.decode.as_ref().expect("a decode step was made");
+        Ok(self.queue.download_f32(&step.head.logits)?)
+    }
+
+    fn issue_step(&mut self, id: u32) -> Result<(), Error> {
         let (ids, positions) = ([id], [self.next_position]);
         let slots = self.kv.append(&self.queue, &mut self.table, 1)?;
         self.slots.extend(&slots);
@@ -167,14 +242,14 @@ impl Lane {
                 let head = decoder.head(queue, 1)?;
                 let (layers, activations) = (self.kv.layers(), &self.activations);
                 let graph = queue.capture(|| decoder.decode(queue, &batch, layers, activations, &head))?;
-                DecodeStep { batch, head, graph }
+                let draw = Draw::new(queue, decoder.weights.lm_head.rows())?;
+                DecodeStep { batch, head, graph, draw }
             }
         };
         decode.batch.fill(queue, &decoder.config, &[step])?;
         queue.replay(&decode.graph);
-        let logits = queue.download_f32(&decode.head.logits)?;
         self.decode = Some(decode);
-        Ok(logits)
+        Ok(())
     }
 
     /// Keys and values of layer `layer` for tokens `start..end`.

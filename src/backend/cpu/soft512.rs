@@ -212,7 +212,7 @@ fn compare(predicate: i32, a: f32, b: f32) -> bool {
         9 => unordered || a < b,
         10 => unordered || a <= b,
         11 => false,
-        12 => a < b || a > b,
+        12 => !unordered && a != b,
         13 => a >= b,
         14 => a > b,
         _ => true,

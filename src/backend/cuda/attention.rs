@@ -111,7 +111,12 @@ pub(super) fn launches(
     let grid = (splits, p.kv_heads * parts, p.sequences);
     (
         Launch { kernel, grid, block: 32 * decode_warps, shared },
-        Some(Launch { kernel: "attention_combine", grid: (p.heads, p.sequences, 1), block: 128, shared: 0 }),
+        Some(Launch {
+            kernel: "attention_combine",
+            grid: (p.heads, p.sequences, 1),
+            block: p.head_dim.next_multiple_of(32).min(128),
+            shared: 0,
+        }),
     )
 }
 

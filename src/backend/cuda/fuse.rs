@@ -174,6 +174,7 @@ enum X {
 
 /// The steps of a projector, the same for all of one size.
 fn steps(p: &Projector, use_target: bool) -> Vec<Step<'_>> {
+    assert!(!p.blocks.is_empty(), "fuse: a projector without a block after its first");
     let mut all = Vec::new();
     let product = |x, weight, epilogue| Step { x, product: Some(weight), norm: None, epilogue };
     if let Some(stage) = &p.source_stage {
@@ -228,18 +229,18 @@ pub(super) fn fuse(p: FuseParams, extent: FuseExtent, o: &FuseOperands, processo
     let geometry = Geometry::new(first, o);
     for layer in &o.layers {
         assert!(Geometry::new(layer, o) == geometry, "fuse: layers with pages of different geometry");
-        let values = |pages: &KvPages| pages.values.clone();
-        let keys = |pages: &KvPages| pages.keys.clone();
-        let both: [(&Projector, f32, &dyn Fn(&KvPages) -> Tensor); 2] =
-            [(&layer.keys, layer.gates[0], &keys), (&layer.values, layer.gates[1], &values)];
-        for (projector, gate, half) in both {
-            let [source, target, base, out] =
-                [&layer.source, &layer.target, &layer.base, &layer.out].map(|pages| half(pages).address());
+        let of_layer = [&layer.source, &layer.target, &layer.base, &layer.out];
+        let halves_of_layer = [
+            (&layer.keys, layer.gates[0], of_layer.map(|pages| &pages.keys)),
+            (&layer.values, layer.gates[1], of_layer.map(|pages| &pages.values)),
+        ];
+        for (projector, gate, pages) in halves_of_layer {
+            let [source, target, base, out] = pages.map(Tensor::address);
             if gate != 0.0 {
                 let problem = Problem { source, target, base, out, gate, unused: 0 };
                 halves.push(Half { projector, problem });
             } else if (base, o.base_slots.address()) != (out, o.out_slots.address()) {
-                copies.push(copy(half(&layer.base), half(&layer.out), o));
+                copies.push(copy(pages[2], pages[3], o));
             }
         }
     }
@@ -251,8 +252,8 @@ pub(super) fn fuse(p: FuseParams, extent: FuseExtent, o: &FuseOperands, processo
 }
 
 /// Copies the columns of `base` to `out`.
-fn copy(base: Tensor, out: Tensor, o: &FuseOperands) -> (Launch, CopySlotsArgs) {
-    let pages = |half: Tensor| KvPages { keys: half.clone(), values: half };
+fn copy(base: &Tensor, out: &Tensor, o: &FuseOperands) -> (Launch, CopySlotsArgs) {
+    let pages = |half: &Tensor| KvPages { keys: half.clone(), values: half.clone() };
     let (mut launch, args) = pages::copy_slots(&pages(base), &o.base_slots, &pages(out), &o.out_slots);
     // The first of the two halves, which are the same.
     launch.grid.1 = 1;

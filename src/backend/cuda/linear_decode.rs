@@ -179,11 +179,11 @@ pub(super) fn launch(
             let ring = if dtype.is_quantized() {
                 let tile = TILE / dtype.block_len() as u32 * dtype.block_bytes() as u32;
                 // A tile may begin in the middle of 16 bytes.
-                WARPS * STAGES * ROWS * ((tile + 14).next_multiple_of(16))
+                WARPS * STAGES * ROWS * ((tile + 14).next_multiple_of(16) + pad_bytes(dtype))
             } else {
                 0
             };
-            let grid = (groups.min(MAX_BLOCKS), tokens.div_ceil(at_once), matrices);
+            let grid = (tokens.div_ceil(at_once), groups.min(MAX_BLOCKS), matrices);
             (Launch { kernel, grid, block: 32 * WARPS, shared: segment * x_tile + ring }, segment)
         }
     }
@@ -195,6 +195,15 @@ fn plane_bytes(dtype: DType) -> u32 {
         DType::F32 | DType::F16 | DType::Bf16 | DType::U32 => 512,
         DType::Q2K | DType::Q3K => 576,
         _ => 544,
+    }
+}
+
+/// Bytes of the gaps in a tile of blocks: see `Lane::PAD` in kernels/lanes.cuh.
+fn pad_bytes(dtype: DType) -> u32 {
+    match dtype {
+        DType::Q4_0 | DType::Iq4Nl => 3 * 16,
+        DType::Q8_0 => 32,
+        _ => 0,
     }
 }
 
@@ -265,7 +274,7 @@ mod tests {
     fn every_row_and_token_has_a_warp() {
         for (rows, tokens, glu) in [(1, 1, false), (7, 3, false), (1000, 9, true), (151_936, 64, false)] {
             let (launch, _) = launch(Kernel::Gemv(DType::Q4K), rows, 3, 1024, tokens, glu);
-            let (blocks, passes, matrices) = launch.grid;
+            let (passes, blocks, matrices) = launch.grid;
             assert!(blocks == MAX_BLOCKS || blocks * WARPS * if glu { 1 } else { 2 } >= rows);
             assert_eq!((passes, matrices), (tokens.div_ceil(8), 3));
         }

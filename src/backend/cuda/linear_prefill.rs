@@ -132,7 +132,7 @@ fn slot_bytes(dtype: DType) -> u32 {
         DType::F32 | DType::F16 | DType::Q4K | DType::Q5K => 16,
         _ => 2,
     };
-    ((length + 16 - align).div_ceil(16) | 1) * 16
+    if dtype == DType::F16 { length + 64 } else { ((length + 16 - align).div_ceil(16) | 1) * 16 }
 }
 
 /// The kernels with a large tile and with a small one.

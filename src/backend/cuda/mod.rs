@@ -6,12 +6,17 @@
 
 mod arena;
 mod attention;
+mod embed;
 mod event;
+mod fuse;
 mod launch;
+mod linear_decode;
+mod linear_prefill;
 mod module;
 mod pages;
 mod pointwise;
 mod rope;
+mod sample;
 mod staging;
 
 pub use arena::Memory;
@@ -19,7 +24,10 @@ pub use event::{Event, Graph};
 pub use launch::Launch;
 pub use module::{MODULES, Module};
 
-use super::{Backend, DType, Error, Event as AnyEvent, Graph as AnyGraph, Precision, Shape, Storage, Tensor};
+use super::{
+    Backend, DType, DrawTokens, Error, Event as AnyEvent, Graph as AnyGraph, Precision, Shape, Storage,
+    Tensor,
+};
 use crate::ops;
 use arena::Arena;
 use cudarc::driver::{CudaContext, CudaStream, DriverError, sys};
@@ -137,9 +145,17 @@ impl Cuda {
         self.processors
     }
 
-    /// Keeps a failure for whoever waits next.
-    fn note<T>(&self, what: impl FnOnce() -> String, result: Result<T, DriverError>) -> Option<T> {
-        match result {
+    /// Issues something, unless an earlier failure waits to be told: what would follow has no inputs. Keeps a failure for
+    /// whoever waits next.
+    fn issue<T>(
+        &self,
+        what: impl FnOnce() -> String,
+        issue: impl FnOnce() -> Result<T, DriverError>,
+    ) -> Option<T> {
+        if self.lock().failure.is_some() {
+            return None;
+        }
+        match issue() {
             Ok(value) => Some(value),
             Err(error) => {
                 self.lock().failure.get_or_insert_with(|| (what(), error.to_string()));
@@ -160,8 +176,10 @@ impl Cuda {
             return;
         }
         let stream = self.stream(queue);
-        let launched = launch.run(&self.kernels, &stream, args);
-        self.note(|| format!("launching `{}` as {launch}", launch.kernel), launched);
+        self.issue(
+            || format!("launching `{}` as {launch}", launch.kernel),
+            || launch.run(&self.kernels, &stream, args),
+        );
     }
 
     fn wait_for(&self, queue: usize) -> Result<(), Error> {
@@ -215,7 +233,7 @@ impl Backend for Cuda {
             ops::Scratch::Attention { sequences, heads, head_dim, context } => {
                 attention::scratch_len(sequences, heads, head_dim, context)
             }
-            ops::Scratch::Fuse(_) => todo!(),
+            ops::Scratch::Fuse(extent) => fuse::scratch_len(extent),
         }
     }
 
@@ -251,8 +269,11 @@ impl Backend for Cuda {
 
     fn upload(&self, queue: usize, bytes: &[u8], tensor: &Tensor) {
         assert_eq!(bytes.len(), tensor.bytes(), "upload of the wrong size");
-        let copied = self.staging.upload(&self.stream(queue), bytes, tensor.address());
-        self.note(|| format!("uploading {tensor:?}"), copied);
+        let stream = self.stream(queue);
+        self.issue(
+            || format!("uploading {tensor:?}"),
+            || self.staging.upload(&stream, bytes, tensor.address()),
+        );
     }
 
     fn download(&self, queue: usize, tensor: &Tensor, bytes: &mut [u8]) -> Result<(), Error> {
@@ -285,13 +306,16 @@ impl Backend for Cuda {
     }
 
     fn record(&self, queue: usize) -> AnyEvent {
-        let event = Event::record(&self.epoch, &self.context, &self.stream(queue));
-        AnyEvent::Cuda(self.note(|| "recording an event".into(), event).unwrap_or_default())
+        let stream = self.stream(queue);
+        let event =
+            self.issue(|| "recording an event".into(), || Event::record(&self.epoch, &self.context, &stream));
+        AnyEvent::Cuda(event.unwrap_or_default())
     }
 
     fn wait(&self, queue: usize, event: &AnyEvent) {
         if let AnyEvent::Cuda(event) = event {
-            self.note(|| "waiting for an event".into(), event.hold(&self.stream(queue)));
+            let stream = self.stream(queue);
+            self.issue(|| "waiting for an event".into(), || event.hold(&stream));
         }
     }
 
@@ -334,13 +358,13 @@ impl Backend for Cuda {
     fn replay(&self, queue: usize, graph: &AnyGraph) {
         debug_assert!(self.lock().capturing != Some(queue));
         if let AnyGraph::Cuda(graph) = graph {
-            self.note(|| "launching a graph".into(), graph.launch());
+            self.issue(|| "launching a graph".into(), || graph.launch());
         }
     }
 
     fn embed(&self, queue: usize, p: ops::EmbedParams, ids: &Tensor, table: &Tensor, out: &Tensor) {
-        let _ = (queue, p, ids, table, out);
-        todo!()
+        let (launch, args) = embed::embed(p, ids, table, out);
+        self.launch(queue, &launch, &args);
     }
 
     fn rms_norm(&self, queue: usize, p: ops::RmsNormParams, x: &Tensor, weight: &Tensor, out: &Tensor) {
@@ -349,8 +373,13 @@ impl Backend for Cuda {
     }
 
     fn linear(&self, queue: usize, p: ops::LinearParams, x: &Tensor, weight: &ops::Weight, out: &Tensor) {
-        let _ = (queue, p, x, weight, out);
-        todo!()
+        let launches = match (p.precision, p.pass) {
+            (Precision::Fast, ops::Pass::Prefill) => {
+                linear_prefill::linear(p, x, weight, out, self.processors)
+            }
+            _ => linear_decode::linear(p, x, weight, out),
+        };
+        launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
     }
 
     fn linear_glu(
@@ -362,8 +391,13 @@ impl Backend for Cuda {
         _: &Tensor,
         out: &Tensor,
     ) {
-        let _ = (queue, p, x, gate_up, out);
-        todo!()
+        let (launch, args) = match (p.precision, p.pass) {
+            (Precision::Fast, ops::Pass::Prefill) => {
+                linear_prefill::linear_glu(p, x, gate_up, out, self.processors)
+            }
+            _ => linear_decode::linear_glu(p, x, gate_up, out),
+        };
+        self.launch(queue, &launch, &args);
     }
 
     fn rope_kv_write(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeOperands) {
@@ -402,8 +436,31 @@ impl Backend for Cuda {
     }
 
     fn fuse(&self, queue: usize, p: ops::FuseParams, extent: ops::FuseExtent, operands: &ops::FuseOperands) {
-        let _ = (queue, p, extent, operands);
-        todo!()
+        let plan = fuse::fuse(p, extent, operands, self.processors);
+        if !plan.table.is_empty() {
+            let (stream, to) = (self.stream(queue), operands.scratch.address());
+            self.issue(
+                || "uploading the fuser's table".into(),
+                || self.staging.upload(&stream, &plan.table, to),
+            );
+        }
+        plan.launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
+        plan.copies.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
+    }
+
+    fn draw_tokens(&self) -> Option<&dyn DrawTokens> {
+        Some(self)
+    }
+}
+
+impl DrawTokens for Cuda {
+    fn scratch_len(&self, rows: usize, vocab: usize, k: usize) -> usize {
+        sample::scratch_len(rows as u32, vocab as u32, k as u32)
+    }
+
+    fn sample(&self, queue: usize, operands: &ops::SampleOperands) {
+        let (launches, args) = sample::sample(operands);
+        launches.iter().for_each(|launch| self.launch(queue, launch, &args));
     }
 }
 

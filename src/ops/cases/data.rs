@@ -3,7 +3,7 @@
 use super::{Error, Run};
 use crate::{
     backend::{DType, Precision, Queue, Tensor},
-    ops::{KvPages, Scratch, Weight, WeightPart},
+    ops::{KvPages, Scratch, Weight, WeightPart, embed},
     rng::{Purpose, Rng, Stream},
 };
 use half::{bf16, f16};
@@ -158,6 +158,21 @@ impl Data {
         Ok(view)
     }
 
+    /// [`Data::matrix`], rounded to bf16 where the run is, embedding tables apart.
+    fn matrix_of_products(&mut self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor, Error> {
+        let stored = self.matrix(dtype, rows, cols)?;
+        if !self.run.rounded || dtype == DType::Bf16 {
+            return Ok(stored);
+        }
+        // Looking every row up expands it.
+        let ids: Vec<u32> = (0..rows as u32).collect();
+        let ids = self.queue.tensor(&ids, &[rows], "a case")?;
+        let out = self.queue.backend().alloc(DType::F32, &[rows, cols], "a case")?;
+        embed(&self.queue, &ids, &stored, 1.0, &out)?;
+        let values = self.rounded(self.queue.download_f32(&out)?);
+        Ok(self.queue.tensor(&values, &[rows, cols], "a case")?)
+    }
+
     /// Random bytes with scales of which the product of a row with its input comes out at about the size of the input.
     pub fn matrix(&mut self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor, Error> {
         let bound = (3.0 / cols as f32).sqrt();
@@ -201,7 +216,7 @@ impl Data {
         bias: Option<DType>,
     ) -> Result<Weight, Error> {
         let part = |&(dtype, rows): &(DType, usize)| {
-            let matrix = self.matrix(dtype, rows, cols)?;
+            let matrix = self.matrix_of_products(dtype, rows, cols)?;
             Ok(WeightPart { matrix, bias: bias.map(|dtype| self.vector(dtype, rows)).transpose()? })
         };
         Ok(Weight { parts: parts.iter().map(part).collect::<Result<_, Error>>()? })

@@ -109,8 +109,7 @@ pub struct FuseCase {
 #[derive(Clone, Copy, Debug)]
 pub struct Run {
     pub precision: Precision,
-    /// Inputs and pages are rounded to bf16, as on a device whose activations are: what a plain implementation in that precision would
-    /// be given.
+    /// Inputs, weights and pages are rounded to bf16: what a plain implementation in that precision would be given.
     pub rounded: bool,
 }
 

@@ -18,6 +18,7 @@ mod prefill;
 /// The source of `avx512` on instructions in software.
 #[cfg(all(test, target_arch = "x86_64"))]
 #[path = "avx512"]
+#[allow(clippy::duplicate_mod, reason = "compiled twice to be tested")]
 mod soft512 {
     use super::super::soft512 as isa;
 

@@ -309,7 +309,10 @@ pub enum Op {
     Exit,
     Trap(&'static str),
     /// `vprintf` of a format and a list of arguments; both, and the result, are offsets in local memory.
-    Print { params: [u32; 2], result: Option<u32> },
+    Print {
+        params: [u32; 2],
+        result: Option<u32>,
+    },
     /// Message, file, line and function of an assertion that does not hold: offsets in local memory.
     Assertion([u32; 4]),
 }
