@@ -121,10 +121,8 @@ fn the_nth_call_of_a_kind_fails_with_the_given_code() {
     assert_eq!(code(stream.clone_dtoh(&x)), CUresult::CUDA_ERROR_INVALID_VALUE);
     card.device.fail_usual(Kind::HostAlloc, 1);
     // SAFETY: refused.
-    assert_eq!(
-        code(unsafe { card.context.alloc_pinned_with_flags::<u8>(4, 0) }),
-        CUresult::CUDA_ERROR_OUT_OF_MEMORY
-    );
+    let pinned = unsafe { card.context.alloc_pinned_with_flags::<u8>(4, 0) };
+    assert_eq!(code(pinned), CUresult::CUDA_ERROR_OUT_OF_MEMORY);
     // A kernel that fails midway, found at the wait.
     planned(Kind::Kernel, Status::LAUNCH_FAILED);
     fill(&stream, &kernel, &x, 3).unwrap();

@@ -202,11 +202,8 @@ fn memsets_copies_and_host_functions_are_captured() {
     let graph = end(&stream);
     let mut nodes = 0;
     // SAFETY: only the count is asked for.
-    assert_eq!(
-        unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut nodes) },
-        CUresult::CUDA_SUCCESS
-    );
-    assert_eq!(nodes, 3);
+    let asked = unsafe { sys::cuGraphGetNodes(graph.cu_graph(), std::ptr::null_mut(), &mut nodes) };
+    assert_eq!((asked, nodes), (CUresult::CUDA_SUCCESS, 3));
     graph.launch().unwrap();
     graph.launch().unwrap();
     assert_eq!(stream.clone_dtoh(&y).unwrap(), [9, 9, 9, 9, 0, 0, 0, 0]);

@@ -339,7 +339,7 @@ fn a_host_function_runs_in_order_and_may_block_while_others_go_on() {
         // SAFETY: the gate outlives the stream's work.
         let gate = unsafe { &mut *gate.cast::<Gate>() };
         gate.0.recv().unwrap();
-        // Calls from here are forbidden.
+        // SAFETY: a plain call, which is forbidden here.
         gate.1 = unsafe { sys::cuCtxSynchronize() };
     }
     fill(&one, &kernel, &x, 1).unwrap();

@@ -243,9 +243,16 @@ impl Runner<'_, '_> {
             let data = &mut data[..bytes];
             self.fetch(space, addresses[lane], used, lane, data).map_err(|problem| (problem, lane))?;
             for (row, part) in rows.iter_mut().zip(data.chunks_exact(each_bytes)) {
-                let mut value = [0; 8];
-                value[..each_bytes].copy_from_slice(part);
-                row[lane] = u64::from_le_bytes(value);
+                row[lane] = match *part {
+                    [a, b, c, d] => u32::from_le_bytes([a, b, c, d]).into(),
+                    [a, b] => u16::from_le_bytes([a, b]).into(),
+                    [a] => a.into(),
+                    _ => {
+                        let mut value = [0; 8];
+                        value[..each_bytes].copy_from_slice(part);
+                        u64::from_le_bytes(value)
+                    }
+                };
             }
         }
         for (row, target) in rows.iter_mut().zip(to) {
@@ -464,6 +471,20 @@ fn name(space: Space) -> &'static str {
 /// bytes go by half and quarter warps; lanes that want the same word share it.
 fn bank_conflicts(addresses: &Row, bytes: u64, lanes: u32) -> u64 {
     let words = bytes.div_ceil(4);
+    if words == 1 {
+        // Most often no bank is asked for two words.
+        let mut by_bank = [u64::MAX; 32];
+        let alone = each(lanes).all(|lane| {
+            let word = addresses[lane] / 4;
+            let wanted = &mut by_bank[(word % 32) as usize];
+            let same = *wanted == u64::MAX || *wanted == word;
+            *wanted = word;
+            same
+        });
+        if alone {
+            return 0;
+        }
+    }
     let together = (LANES as u64 / words) as usize;
     let mut extra = 0;
     for phase in 0..LANES / together {

@@ -16,6 +16,8 @@ const CHUNK: usize = 4096;
 const WORD: u32 = 2;
 
 const NOBODY: u32 = u32::MAX;
+/// How many answers of `happens_before` are remembered.
+const KNOWN: usize = 8;
 /// Of `Reading::op`: the rest is the number of a set.
 const SET: u32 = 1 << 31;
 const SEVERAL_BLOCKS: u32 = u32::MAX;
@@ -51,23 +53,30 @@ impl Thread<'_> {
 /// The operation that accesses memory, and what comes before it.
 pub struct Order<'a> {
     pub op: &'a Op<'a>,
-    /// The last answer of `happens_before`.
-    known: Cell<(u32, bool)>,
+    /// The last answers of `happens_before`, by the operation's number modulo their count.
+    known: [Cell<(u32, bool)>; KNOWN],
 }
 
 impl<'a> Order<'a> {
     pub fn new(op: &'a Op<'a>) -> Order<'a> {
-        Order { op, known: Cell::new((NOBODY, true)) }
+        Order { op, known: [const { Cell::new((NOBODY, true)) }; KNOWN] }
     }
 
     fn after(&self, other: u32) -> bool {
-        let (op, answer) = self.known.get();
+        let known = &self.known[other as usize % KNOWN];
+        let (op, answer) = known.get();
         if op == other {
             return answer;
         }
         let answer = (self.op.happens_before)(other);
-        self.known.set((other, answer));
+        known.set((other, answer));
         answer
+    }
+
+    /// Whether the other is already known to come before. `false` says nothing.
+    #[inline(always)]
+    fn surely_after(&self, other: u32) -> bool {
+        self.known[other as usize % KNOWN].get() == (other, true)
     }
 }
 
@@ -286,7 +295,11 @@ impl Accessor<'_> {
                 reading.block = SEVERAL_BLOCKS;
             } else if reading.thread != number {
                 let seen = self.thread.is_some_and(|thread| {
-                    (0..32).all(|warp| reading.warps >> warp & 1 == 0 || reading.time < thread.seen[warp])
+                    let mut warps = reading.warps;
+                    while warps != 0 && reading.time < thread.seen[warps.trailing_zeros() as usize] {
+                        warps &= warps - 1;
+                    }
+                    warps == 0
                 });
                 if seen {
                     *reading = new;
@@ -303,6 +316,73 @@ impl Accessor<'_> {
         }
     }
 
+    /// Whether the write is known at a glance to come before. `false` says nothing.
+    #[inline(always)]
+    fn surely_after(&self, writing: &Writing) -> bool {
+        if writing.op != self.order.op.id {
+            return self.order.surely_after(writing.op);
+        }
+        self.thread.is_some_and(|thread| {
+            writing.block == thread.block
+                && (writing.thread == thread.number
+                    || writing.time < thread.seen[usize::from(writing.thread / 32)])
+        })
+    }
+
+    /// Reads in the case that is by far the most frequent. `false`: nothing was done.
+    #[inline(always)]
+    fn read_quickly(&self, cell: &mut State) -> bool {
+        let Some(thread) = &self.thread else { return false };
+        if cell.pending || !cell.written || !self.surely_after(&cell.writing) {
+            return false;
+        }
+        let reading = &mut cell.reading;
+        let warp = 1 << (thread.number / 32);
+        let is_first = reading.op == NOBODY
+            || reading.op != self.order.op.id && reading.op & SET == 0 && self.order.surely_after(reading.op);
+        if is_first {
+            let (op, block, time, number) = (self.order.op.id, thread.block, thread.time, thread.number);
+            *reading = Reading { op, block, time, warps: warp, thread: number };
+            return true;
+        }
+        if reading.op != self.order.op.id || reading.block != thread.block {
+            // More blocks than several are several.
+            return reading.op == self.order.op.id && reading.block == SEVERAL_BLOCKS;
+        }
+        if reading.thread == thread.number {
+            reading.time = thread.time;
+            return true;
+        }
+        reading.thread == SEVERAL_THREADS && reading.time == thread.time && reading.warps & warp != 0
+    }
+
+    /// Writes in the most frequent case, over what the same thread or an operation before had written and
+    /// nobody else read since. `false`: nothing was done.
+    #[inline(always)]
+    fn write_quickly(&self, cell: &mut State) -> bool {
+        let Some(thread) = &self.thread else { return false };
+        let Reading { op, block, time, warps, .. } = cell.reading;
+        let read_before = match op {
+            NOBODY => true,
+            _ if op == self.order.op.id => {
+                block == thread.block
+                    && warps.is_power_of_two()
+                    && (cell.reading.thread == thread.number
+                        || time < thread.seen[warps.trailing_zeros() as usize])
+            }
+            _ => op & SET == 0 && self.order.surely_after(op),
+        };
+        let written_before = cell.writing.op == NOBODY || self.surely_after(&cell.writing);
+        if cell.pending || !read_before || !written_before {
+            return false;
+        }
+        cell.writing = self.writing(false);
+        cell.reading = FRESH.reading;
+        cell.written = true;
+        true
+    }
+
+    #[inline(always)]
     fn writing(&self, atomic: bool) -> Writing {
         let (block, thread, time) =
             self.thread.map_or((0, 0, 0), |thread| (thread.block, thread.number, thread.time));
@@ -329,6 +409,15 @@ impl Shadow {
         for chunk in &mut self.chunks {
             chunk.cells.fill(FRESH);
         }
+    }
+
+    /// The cells of an access of whole words, where its chunk has a cell for each word.
+    #[inline(always)]
+    fn words(&mut self, from: usize, bytes: usize) -> Option<&mut [State]> {
+        let chunk = self.chunks.get_mut(from / CHUNK)?;
+        let start = from % CHUNK;
+        let whole = (from | bytes) % (1 << WORD) == 0 && start + bytes <= CHUNK && chunk.grain == WORD;
+        if whole { chunk.cells.get_mut(start >> WORD..(start + bytes) >> WORD) } else { None }
     }
 
     /// Calls `each` with the cells of a range and the offset of their first byte.
@@ -365,6 +454,12 @@ impl Shadow {
         by: &Accessor,
         sets: &mut Sets,
     ) -> Result<(), (usize, Finding)> {
+        if used == u32::MAX
+            && let Some(cells) = self.words(from, bytes)
+            && cells.iter_mut().all(|cell| by.read_quickly(cell))
+        {
+            return Ok(());
+        }
         self.visit(from, bytes, |cell, at, size| {
             if used != u32::MAX && size < 32 && used >> (at - from) & ((1 << size) - 1) == 0 {
                 return Ok(());
@@ -389,6 +484,12 @@ impl Shadow {
         by: &Accessor,
         sets: &Sets,
     ) -> Result<(), (usize, Finding)> {
+        if !atomic
+            && let Some(cells) = self.words(from, bytes)
+            && cells.iter_mut().all(|cell| by.write_quickly(cell))
+        {
+            return Ok(());
+        }
         self.visit(from, bytes, |cell, at, _| {
             if cell.pending {
                 return Err((at, Finding::Race { other: Other::Copy }));
