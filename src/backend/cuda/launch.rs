@@ -67,3 +67,45 @@ impl fmt::Display for Launch {
         write!(f, "{x}×{y}×{z} blocks of {} threads with {} bytes", self.block, self.shared)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{
+        attention, embed, fuse, linear_decode, module::MODULES, pages, pointwise, rope, sample,
+    };
+
+    /// The size of a kernel's one parameter, as the compiler of the other side laid it out.
+    fn parameter_bytes(ptx: &str, kernel: &str) -> usize {
+        let body = ptx.split(&format!(".entry {kernel}(")).nth(1).expect("the kernel is in its file");
+        let parameter = body.split(')').next().expect("a list of parameters");
+        assert_eq!(parameter.matches(".param").count(), 1, "`{kernel}` takes one struct");
+        let size = parameter.rsplit('[').next().and_then(|rest| rest.split(']').next());
+        size.and_then(|size| size.trim().parse().ok()).expect("an array of bytes")
+    }
+
+    #[test]
+    fn arguments_are_as_large_on_both_sides() {
+        let sizes = [
+            ("attention_", size_of::<attention::AttentionArgs>()),
+            ("copy_slots_", size_of::<pages::CopySlotsArgs>()),
+            ("embed_", size_of::<embed::EmbedArgs>()),
+            ("fuse_", size_of::<fuse::FuseArgs>()),
+            ("gather_rows_", size_of::<pages::GatherRowsArgs>()),
+            ("gemv_", size_of::<linear_decode::PartsArgs>()),
+            ("linear_", size_of::<linear_decode::PartsArgs>()),
+            ("rms_norm_", size_of::<pointwise::RmsNormArgs>()),
+            ("rope_", size_of::<rope::RopeArgs>()),
+            ("sample_", size_of::<sample::SampleArgs>()),
+            ("soft_cap", size_of::<pointwise::SoftCapArgs>()),
+        ];
+        for module in MODULES {
+            for kernel in module.kernels {
+                let (_, bytes) = sizes
+                    .iter()
+                    .find(|(prefix, _)| kernel.starts_with(prefix))
+                    .unwrap_or_else(|| panic!("`{kernel}` has no twin in this table"));
+                assert_eq!(parameter_bytes(module.ptx, kernel), *bytes, "{kernel}");
+            }
+        }
+    }
+}
