@@ -5,8 +5,9 @@
 // scratch, which are a cache of one head in blocks of one. Its epilogue says where the sums go, at the end straight into
 // the receiver's pages. The residual stream z, the weights of heads and the gated sum are f32.
 //
-// `fuse_128` and `fuse_64` copy bf16 16 bytes at a time into the ring of matmul.cuh; `fuse_any` takes every type and
-// width an element at a time; `fuse_f32` is precision f32, with plain multiply-adds.
+// `fuse_128` and `fuse_64` copy bf16 16 bytes at a time into the ring of matmul.cuh; `fuse_any_weights` converts weights
+// of other types on the way; `fuse_any` takes every type and width an element at a time; `fuse_f32` is precision f32,
+// with plain multiply-adds.
 #include "blocks.cuh"
 #include "matmul.cuh"
 
@@ -302,27 +303,37 @@ template <typename T> struct Finish {
     }
 };
 
+// Calls `f` with a loader of the rows of W.
+template <typename S, bool DIRECT, typename F>
+__device__ __forceinline__ void with_rows(const FuseArgs& a, const FuseMatrix& matrix, uint32_t first_row,
+                                          uint8_t* shared, F f) {
+    if constexpr (DIRECT) {
+        const uint32_t row = first_row + threadIdx.x / PIECES;
+        const DirectRows<S::ROWS, W_KEY> w{static_cast<const bf16*>(matrix.weights) + size_t(row) * a.cols,
+                                           size_t(ROWS_AT_ONCE) * a.cols, own_rows(row, a.rows), a.cols};
+        f(w);
+    } else {
+        const AnyRows rows{static_cast<const uint8_t*>(matrix.weights), matrix.dtype, first_row, a.rows, a.cols};
+        f(Converted<AnyRows, S::ROWS, W_KEY>{rows, shared});
+    }
+}
+
 // Grid (tokens / S::TOKENS, rows / S::ROWS, problems).
-template <typename S, bool DIRECT> __device__ __forceinline__ void fuse(const FuseArgs& a) {
+template <typename S, bool DIRECT_X, bool DIRECT_W> __device__ __forceinline__ void fuse(const FuseArgs& a) {
     extern __shared__ uint4 dynamic[];
     uint8_t* shared = reinterpret_cast<uint8_t*>(dynamic);
     const FuseMatrix matrix = matrix_of(a);
     const FuseProblem problem = a.problems[blockIdx.z];
     const uint32_t first_token = blockIdx.x * S::TOKENS, first_row = blockIdx.y * S::ROWS;
     Sums<S> sums;
-    if constexpr (DIRECT) {
-        const DirectColumns<S::TOKENS> x(a, problem, first_token);
-        const uint32_t row = first_row + threadIdx.x / PIECES;
-        const DirectRows<S::ROWS, W_KEY> w{static_cast<const bf16*>(matrix.weights) + size_t(row) * a.cols,
-                                           size_t(ROWS_AT_ONCE) * a.cols, own_rows(row, a.rows), a.cols};
-        matmul<S>(shared, a.cols, x, w, sums);
-    } else {
-        const AnyColumns columns(a, problem, first_token);
-        const AnyRows rows{static_cast<const uint8_t*>(matrix.weights), matrix.dtype, first_row, a.rows, a.cols};
-        const Converted<AnyColumns, S::TOKENS, X_KEY> x{columns, shared};
-        const Converted<AnyRows, S::ROWS, W_KEY> w{rows, shared};
-        matmul<S>(shared, a.cols, x, w, sums);
-    }
+    with_rows<S, DIRECT_W>(a, matrix, first_row, shared, [&](const auto& w) {
+        if constexpr (DIRECT_X) {
+            matmul<S>(shared, a.cols, DirectColumns<S::TOKENS>(a, problem, first_token), w, sums);
+        } else {
+            const AnyColumns columns(a, problem, first_token);
+            matmul<S>(shared, a.cols, Converted<AnyColumns, S::TOKENS, X_KEY>{columns, shared}, w, sums);
+        }
+    });
     sums.each_token([&](unsigned token, unsigned band, unsigned half) {
         if (first_token + token >= a.tokens) return;
         Finish<bf16> finish(a, matrix, problem, first_token + token);
@@ -334,13 +345,16 @@ template <typename S, bool DIRECT> __device__ __forceinline__ void fuse(const Fu
 }
 
 extern "C" __global__ void __launch_bounds__(MATMUL_THREADS, 2) fuse_128(const __grid_constant__ FuseArgs a) {
-    fuse<Shape<128, 128, 64, 64>, true>(a);
+    fuse<Shape<128, 128, 64, 64>, true, true>(a);
 }
 extern "C" __global__ void __launch_bounds__(MATMUL_THREADS, 4) fuse_64(const __grid_constant__ FuseArgs a) {
-    fuse<Shape<64, 64, 32, 32>, true>(a);
+    fuse<Shape<64, 64, 32, 32>, true, true>(a);
+}
+extern "C" __global__ void __launch_bounds__(MATMUL_THREADS, 3) fuse_any_weights(const __grid_constant__ FuseArgs a) {
+    fuse<Shape<64, 64, 32, 32>, true, false>(a);
 }
 extern "C" __global__ void __launch_bounds__(MATMUL_THREADS, 3) fuse_any(const __grid_constant__ FuseArgs a) {
-    fuse<Shape<64, 64, 32, 32>, false>(a);
+    fuse<Shape<64, 64, 32, 32>, false, false>(a);
 }
 
 // 64 tokens by 64 rows, four by four a thread. Tiles of shared memory are [k, 64], element i of row k at i ^ k / 8 * 8:

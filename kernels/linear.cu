@@ -97,7 +97,7 @@ template <int CODE, unsigned TILE_ROWS> struct RawRows {
 
 // As `matmul` of matmul.cuh; shared memory: the ring of x, two tiles of W, the raw rows.
 template <typename S, typename X, typename W>
-__device__ __forceinline__ void matmul_raw(uint8_t* shared, uint32_t cols, X& x, W& w, Sums<S>& sums) {
+__device__ __forceinline__ void matmul_raw(uint8_t* shared, uint32_t cols, const X& x, const W& w, Sums<S>& sums) {
     uint8_t* w_tiles = shared + STAGES * S::X_BYTES;
     const uint32_t x_ring = shared_address(shared), w_ring = shared_address(w_tiles);
     const uint32_t tiles = div_up(cols, DEPTH);
@@ -189,10 +189,10 @@ template <int CODE, typename S> __device__ __forceinline__ void linear(const Par
     if (first_row >= w.rows) return;
     const uint32_t row_bytes = a.cols / Block<CODE>::LEN * Block<CODE>::BYTES;
     const TileRows r{{w.weights, static_cast<const uint8_t*>(a.weights[1])}, first_row, w.rows, row_bytes, glu};
-    auto x = rows_of_x<S::TOKENS>(a.x, a.tokens, a.cols, a.cols, first_token);
+    const auto x = rows_of_x<S::TOKENS>(a.x, a.tokens, a.cols, a.cols, first_token);
     Sums<S> sums;
     if constexpr (CODE == BF16) {
-        auto rows = direct_rows<S::ROWS>(r, a.cols);
+        const auto rows = direct_rows<S::ROWS>(r, a.cols);
         matmul<S>(shared, a.cols, x, rows, sums);
     } else {
         const RawRows<CODE, S::ROWS> rows{r, shared + STAGES * S::X_BYTES + 2 * S::W_BYTES, a.cols};

@@ -97,7 +97,7 @@ constexpr unsigned ROWS_AT_ONCE = MATMUL_THREADS / PIECES;
 
 // The ring: STAGES tiles of x and of W each.
 template <typename S, typename X, typename W>
-__device__ __forceinline__ void matmul(uint8_t* shared, uint32_t cols, X& x, W& w, Sums<S>& sums) {
+__device__ __forceinline__ void matmul(uint8_t* shared, uint32_t cols, const X& x, const W& w, Sums<S>& sums) {
     const uint32_t x_ring = shared_address(shared), w_ring = x_ring + STAGES * S::X_BYTES;
     const uint32_t tiles = div_up(cols, DEPTH);
     const auto fetch = [&](uint32_t tile, unsigned slot) {

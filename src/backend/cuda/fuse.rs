@@ -380,7 +380,11 @@ fn grouped(
             (Precision::Fast, None) => Kernel::NormBf16,
             (Precision::Fast, Some(_)) => {
                 let weights = all.iter().all(|steps| steps[j].is_bf16());
-                if weights && args.is_direct() { Kernel::Direct } else { Kernel::Any }
+                match (args.is_direct(), weights && cols.is_multiple_of(8)) {
+                    (true, true) => Kernel::Direct,
+                    (true, false) => Kernel::AnyWeights,
+                    (false, _) => Kernel::Any,
+                }
             }
         };
         (launch(kernel, p.tokens, outputs, halves.len() as u32, processors), args)
@@ -415,13 +419,13 @@ impl Step<'_> {
 }
 
 impl FuseArgs {
-    /// Whether x and bf16 weights can be copied 16 bytes at a time.
+    /// Whether x can be copied 16 bytes at a time.
     fn is_direct(&self) -> bool {
         let direct = |c: &Columns| {
             c.width == 0
                 || c.dtype == dtype_code(DType::Bf16) && c.width.is_multiple_of(8) && c.dim.is_multiple_of(8)
         };
-        self.cols.is_multiple_of(8) && direct(&self.first) && direct(&self.second)
+        direct(&self.first) && direct(&self.second)
     }
 }
 
@@ -429,6 +433,8 @@ impl FuseArgs {
 pub(super) enum Kernel {
     /// bf16, 16 bytes at a time.
     Direct,
+    /// The same x, weights of any type.
+    AnyWeights,
     Any,
     F32,
     NormBf16,
@@ -450,9 +456,12 @@ pub(super) fn launch(kernel: Kernel, tokens: u32, rows: u32, problems: u32, proc
                 shared: tile.ring_bytes(),
             }
         }
-        Kernel::Any => {
-            Launch { kernel: "fuse_any", grid: square, block: THREADS, shared: Tile::SMALL.ring_bytes() }
-        }
+        Kernel::AnyWeights | Kernel::Any => Launch {
+            kernel: if kernel == Kernel::Any { "fuse_any" } else { "fuse_any_weights" },
+            grid: square,
+            block: THREADS,
+            shared: Tile::SMALL.ring_bytes(),
+        },
         Kernel::F32 => Launch { kernel: "fuse_f32", grid: square, block: 256, shared: 0 },
         Kernel::NormBf16 => Launch { kernel: "fuse_norm_bf16", grid: norm, block: 128, shared: 0 },
         Kernel::NormF32 => Launch { kernel: "fuse_norm_f32", grid: norm, block: 128, shared: 0 },
