@@ -37,7 +37,8 @@ struct Partials {
     float2* stats;  // of split 0
     size_t stride;
 
-    __device__ Partials(const AttentionArgs& a, uint32_t sequence, uint32_t head) : stride(size_t(a.heads) * a.head_dim) {
+    __device__ Partials(const AttentionArgs& a, uint32_t sequence, uint32_t head)
+        : stride(size_t(a.heads) * a.head_dim) {
         sums = a.partials + sequence * a.splits * stride + size_t(head) * a.head_dim;
         stats = reinterpret_cast<float2*>(a.partials + a.sequences * a.splits * stride) +
                 (size_t(sequence) * a.heads + head) * a.splits;
@@ -212,7 +213,10 @@ template <int SLOTS> __device__ __forceinline__ void decode_plain(const Attentio
         rows.attend(a, exponent, keys, key, splits.first, end, splits.end - 1, window_of(a));
 
     const float sum = rows.total();
-    if (lane % PLAIN_KEYS == 0) shares[warp].top[lane / PLAIN_KEYS] = rows.top, shares[warp].sum[lane / PLAIN_KEYS] = sum;
+    if (lane % PLAIN_KEYS == 0) {
+        shares[warp].top[lane / PLAIN_KEYS] = rows.top;
+        shares[warp].sum[lane / PLAIN_KEYS] = sum;
+    }
 #pragma unroll
     for (uint32_t r = 0; r < PLAIN_ROWS; ++r)
 #pragma unroll
@@ -238,7 +242,9 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS)
     const uint32_t count = Splits(a, sequence).count;
     const Partials from(a, sequence, head);
     // Each lane has every 32nd split's.
-    const auto stats_of = [&](uint32_t split) { return split < count ? from.stats[split] : make_float2(-FLT_MAX, 0.f); };
+    const auto stats_of = [&](uint32_t split) {
+        return split < count ? from.stats[split] : make_float2(-FLT_MAX, 0.f);
+    };
     const float2 first = stats_of(lane);
     float top = first.x;
     for (uint32_t split = lane + WARP; split < count; split += WARP) top = fmaxf(top, from.stats[split].x);

@@ -16,7 +16,7 @@ constexpr uint32_t WARPS = 4;
 template <int D, int M> struct Layout {
     static constexpr uint32_t KEYS = D <= 64 ? 64 : 32, ROWS = WARPS * 16 * M;
     // In shared memory: the queries, whose place the results take in the end; then keys and values of two tiles.
-    static constexpr uint32_t TILE = KEYS * D * 2, Q = 0, BUFFERS = ROWS * D * 2, SHARED = BUFFERS + 4 * TILE;
+    static constexpr uint32_t TILE = KEYS * D * 2, Q = 0, BUFFERS = ROWS * D * 2;
 };
 
 // Which keys a warp's rows see: each up to its own, at a distance below the window.

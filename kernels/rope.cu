@@ -57,7 +57,10 @@ template <int N> struct Pairs {
             if (interleaved) {
                 const auto both = *reinterpret_cast<const Packed<T, 2 * N>*>(from + 2 * i);
 #pragma unroll
-                for (int n = 0; n < N; ++n) low[step][n] = to_float(both.x[2 * n]), high[step][n] = to_float(both.x[2 * n + 1]);
+                for (int n = 0; n < N; ++n) {
+                    low[step][n] = to_float(both.x[2 * n]);
+                    high[step][n] = to_float(both.x[2 * n + 1]);
+                }
             } else {
                 const auto a = *reinterpret_cast<const Packed<T, N>*>(from + i);
                 const auto b = *reinterpret_cast<const Packed<T, N>*>(from + half + i);
