@@ -69,6 +69,14 @@ pub fn paged_attention(
             expected: format!("{} kv heads × {} dividing {} heads", p.kv_heads, p.head_dim, p.heads),
         });
     }
+    if !(p.scale > 0.0 && p.scale.is_finite()) {
+        return Err(ShapeError {
+            op: OP,
+            operand: "scale",
+            found: p.scale.to_string(),
+            expected: "a positive number".into(),
+        });
+    }
     if p.pass == Pass::Decode {
         check(OP, "cu_q", &operands.cu_q, &[DType::U32], &[tokens + 1])?;
         let context = p.max_blocks as usize * pages.block_size();

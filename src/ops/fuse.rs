@@ -154,6 +154,18 @@ pub fn fuse(queue: &Queue, p: FuseParams, operands: &FuseOperands) -> Result<(),
             });
         }
         first = Some(extent);
+        let geometry = |layer: &FuseLayer| {
+            [&layer.source, &layer.target, &layer.base, &layer.out]
+                .map(|pages| (pages.keys.dtype(), pages.kv_heads(), pages.block_size(), pages.head_dim()))
+        };
+        if geometry(layer) != geometry(&o.layers[0]) {
+            return Err(ShapeError {
+                op: OP,
+                operand: "layers",
+                found: format!("pages of {:?} and others", layer.target.keys),
+                expected: "pages of one geometry".into(),
+            });
+        }
     }
     let Some(extent) = first else { return Ok(()) };
     let extent = FuseExtent { layers: o.layers.len(), tokens, ..extent };
@@ -203,6 +215,14 @@ fn check_projector(
     for block in &p.blocks {
         ffn("blocks", block, hidden)?;
     }
+    if p.blocks.is_empty() {
+        return Err(ShapeError {
+            op: "fuse",
+            operand: "blocks",
+            found: "none".into(),
+            expected: "one or more".into(),
+        });
+    }
     weight("output", &p.output, target_width, hidden)?;
     if let Some(stage) = &p.source_stage {
         let hidden = stage.input.rows();
@@ -220,8 +240,16 @@ fn ffn(operand: &'static str, block: &Ffn, hidden: usize) -> Result<(), ShapeErr
 }
 
 fn weight(operand: &'static str, weight: &Weight, rows: usize, cols: usize) -> Result<(), ShapeError> {
+    if weight.parts.len() != 1 {
+        return Err(ShapeError {
+            op: "fuse",
+            operand,
+            found: format!("a stack of {} matrices", weight.parts.len()),
+            expected: "one matrix".into(),
+        });
+    }
     for part in &weight.parts {
-        check("fuse", operand, &part.matrix, &DType::ALL, &[part.matrix.rows(), cols])?;
+        check("fuse", operand, &part.matrix, super::FLOATS, &[part.matrix.rows(), cols])?;
         if let Some(bias) = &part.bias {
             check("fuse", operand, bias, super::FLOATS, &[part.matrix.rows()])?;
         }

@@ -135,6 +135,9 @@ fn attention(all: &mut Vec<Case>) {
     push(prefill, 16, 8, 128, &[(129, 140), (1, 5), (40, 40)], 16, 0, 0.0);
     push(prefill, 3, 1, 54, &[(9, 30)], 8, 10, 0.0);
     push(prefill, 4, 2, 32, &[(65, 65)], 1, 16, 20.0);
+    // Enough rows for long tiles.
+    push(prefill, 32, 8, 64, &[(70, 70)], 16, 0, 0.0);
+    push(prefill, 32, 8, 96, &[(70, 90)], 16, 0, 0.0);
     let decode = Pass::Decode;
     push(decode, 1, 1, 8, &[(1, 1)], 16, 0, 0.0);
     push(decode, 9, 3, 64, &[(1, 33), (1, 1), (1, 97)], 16, 0, 0.0);
