@@ -100,7 +100,7 @@ fn b_8(group: usize, thread: usize, i: usize) -> (usize, usize) {
 
 /// a of m16n8k8 with tf32: a1 and a3 in the lower rows, a2 and a3 in the right columns.
 fn a_tf32(group: usize, thread: usize, i: usize) -> (usize, usize) {
-    (if i % 2 == 0 { group } else { group + 8 }, if i < 2 { thread } else { thread + 4 })
+    (if i.is_multiple_of(2) { group } else { group + 8 }, if i < 2 { thread } else { thread + 4 })
 }
 
 fn b_tf32(group: usize, thread: usize, i: usize) -> (usize, usize) {
@@ -303,7 +303,7 @@ FILL:
     let out = card.room(128 * matrices);
     let counts =
         card.launch(&module, &call("k", 1, 32, &[out])).unwrap_or_else(|fault| panic!("{fault}\n{text}"));
-    let conflicts = if stride % 128 == 0 { 7 * matrices } else { 0 };
+    let conflicts = if stride.is_multiple_of(128) { 7 * matrices } else { 0 };
     assert_eq!(counts.shared_loads.conflicts, conflicts as u64);
     card.words(out, 32 * matrices).chunks(matrices).map(<[u32]>::to_vec).collect()
 }

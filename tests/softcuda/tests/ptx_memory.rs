@@ -88,7 +88,7 @@ fn vectors() {
              add.u32 %r2, %r2, %r5; add.u32 %r3, %r3, %r4;
              st.global.v2.u32 [%rd3], {%r2, %r3};"
         ),
-        lanes(|lane| (8 * lane + 3) * 0x0101 | ((8 * lane + 3) * 0x0101) << 32)
+        lanes(|lane| ((8 * lane + 3) * 0x0101) | (((8 * lane + 3) * 0x0101) << 32))
     );
     assert_eq!(
         run(
@@ -98,7 +98,7 @@ fn vectors() {
              ld.global.nc.L1::no_allocate.L2::128B.v4.u16 {%h1, %h2, %h3, %h4}, [%rd4];
              st.global.cs.v4.u16 [%rd3], {%h3, %h4, %h1, %h2};"
         ),
-        lanes(|lane| 2 * lane * 0x0101 << 32 | (2 * lane + 1) * 0x0101)
+        lanes(|lane| ((2 * lane * 0x0101) << 32) | ((2 * lane + 1) * 0x0101))
     );
     assert_eq!(
         run(
@@ -107,7 +107,7 @@ fn vectors() {
             "mad.wide.u32 %rd4, %r1, 16, %rd1;
              ld.global.v2.f64 {%fd1, %fd2}, [%rd4]; st.global.f64 [%rd3], %fd2;"
         ),
-        lanes(|lane| (4 * lane + 2) * 0x0101 | (4 * lane + 3) * 0x0101 << 32)
+        lanes(|lane| ((4 * lane + 2) * 0x0101) | (((4 * lane + 3) * 0x0101) << 32))
     );
     assert_eq!(
         run(
@@ -145,7 +145,7 @@ fn shared_arrays_and_dynamic_memory() {
     let to = card.room(128);
     card.launch(&module, &Call { shared: 256, ..call("k", 1, 32, &[to]) }).unwrap();
     let expected: Vec<u32> =
-        (0..32).map(|lane| lane ^ 31).map(|other| other | 3 * other << 8 | other << 16).collect();
+        (0..32).map(|lane| lane ^ 31).map(|other| other | ((3 * other) << 8) | (other << 16)).collect();
     assert_eq!(card.words(to, 32), expected);
     assert_eq!(module.kernels[0].shared_bytes, 384);
 }
@@ -404,7 +404,7 @@ fn older_groups_are_there_before_newer_ones() {
          ld.shared.u32 %r5, [%r3+512];
          mov.b64 %rd5, {%r4, %r5}; st.global.u64 [%rd3], %rd5;",
     );
-    assert_eq!(found, lanes(|lane| 4 * lane | (128 + 4 * lane) << 32));
+    assert_eq!(found, lanes(|lane| (4 * lane) | ((128 + 4 * lane) << 32)));
 }
 
 #[test]

@@ -106,7 +106,7 @@ impl Runner<'_, '_> {
         let format = self.text(format, lane)?;
         let mut arguments = Arguments { at: arguments };
         let (mut text, mut count) = (String::new(), 0);
-        let mut rest = format.chars().peekable();
+        let mut rest = format.chars();
         while let Some(character) = rest.next() {
             if character != '%' {
                 text.push(character);
@@ -114,8 +114,7 @@ impl Runner<'_, '_> {
             }
             let mut conversion = Conversion::default();
             let mut number = None;
-            loop {
-                let Some(next) = rest.next() else { break };
+            for next in rest.by_ref() {
                 match next {
                     '-' => conversion.left = true,
                     '0' if number.is_none() => conversion.zeros = true,

@@ -416,7 +416,7 @@ impl Shadow {
     fn words(&mut self, from: usize, bytes: usize) -> Option<&mut [State]> {
         let chunk = self.chunks.get_mut(from / CHUNK)?;
         let start = from % CHUNK;
-        let whole = (from | bytes) % (1 << WORD) == 0 && start + bytes <= CHUNK && chunk.grain == WORD;
+        let whole = (from | bytes).is_multiple_of(1 << WORD) && start + bytes <= CHUNK && chunk.grain == WORD;
         if whole { chunk.cells.get_mut(start >> WORD..(start + bytes) >> WORD) } else { None }
     }
 
