@@ -145,7 +145,7 @@ fn shared_arrays_and_dynamic_memory() {
     let to = card.room(128);
     card.launch(&module, &Call { shared: 256, ..call("k", 1, 32, &[to]) }).unwrap();
     let expected: Vec<u32> =
-        (0..32).map(|lane| lane ^ 31).map(|other| other | (3 * other) << 8 | other << 16).collect();
+        (0..32).map(|lane| lane ^ 31).map(|other| other | ((3 * other) << 8) | (other << 16)).collect();
     assert_eq!(card.words(to, 32), expected);
     assert_eq!(module.kernels[0].shared_bytes, 384);
 }

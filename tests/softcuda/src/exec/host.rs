@@ -106,7 +106,7 @@ impl Runner<'_, '_> {
         let format = self.text(format, lane)?;
         let mut arguments = Arguments { at: arguments };
         let (mut text, mut count) = (String::new(), 0);
-        let mut rest = format.chars().peekable();
+        let mut rest = format.chars();
         while let Some(character) = rest.next() {
             if character != '%' {
                 text.push(character);
