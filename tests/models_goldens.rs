@@ -23,7 +23,7 @@ impl Case {
     fn lane(&self) -> Lane {
         let backend = open(DeviceChoice::Cpu, 2).unwrap();
         // Blocks of 7: boundaries fall at odd places.
-        let kv = self.model.decoder.config.paged_kv(&backend, 12, 7, DType::F32).unwrap();
+        let kv = self.model.decoder.config.paged_kv(&backend, 12, 8, DType::F32).unwrap();
         Lane::new(self.model.decoder.clone(), Queue::new(&backend).unwrap(), kv, 64).unwrap()
     }
 

@@ -196,7 +196,9 @@ impl Conversion {
     fn float(&self, value: f64, sign: impl Fn(bool) -> &'static str) -> String {
         let (sign, size) = (sign(value.is_sign_negative()), value.abs());
         if !size.is_finite() {
-            return format!("{sign}{}", if size.is_nan() { "nan" } else { "inf" });
+            let name = if size.is_nan() { "nan" } else { "inf" };
+            let upper = self.kind.is_ascii_uppercase();
+            return format!("{sign}{}", if upper { name.to_ascii_uppercase() } else { name.to_owned() });
         }
         let places = self.precision.unwrap_or(6);
         let scientific = |places: usize| {
