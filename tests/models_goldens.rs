@@ -22,7 +22,7 @@ struct Case {
 impl Case {
     fn lane(&self) -> Lane {
         let backend = open(DeviceChoice::Cpu, 2).unwrap();
-        // Blocks of 7: boundaries fall at odd places.
+        // Small blocks: many boundaries.
         let kv = self.model.decoder.config.paged_kv(&backend, 12, 8, DType::F32).unwrap();
         Lane::new(self.model.decoder.clone(), Queue::new(&backend).unwrap(), kv, 64).unwrap()
     }
