@@ -6,7 +6,7 @@ mod synthetic;
 
 use c2c::{
     backend::{
-        Backend, DType, Precision, Queue,
+        Backend, DType, Queue,
         cpu::{Cpu, Schedule, Simd},
     },
     model::{Decoder, Goal},
@@ -15,7 +15,7 @@ use c2c::{
 use criterion::{Criterion, criterion_group, criterion_main};
 use machine::{Machine, Work, assert_close};
 use std::sync::Arc;
-use synthetic::{Synthetic, ids, lane, receiver, sharer, small, tolerance};
+use synthetic::{Synthetic, exact_on_cpu, ids, lane, receiver, sharer, small, tolerance};
 
 /// Tokens before the one that is compared with the portable reference.
 const CHECKED: usize = 3;
@@ -38,7 +38,7 @@ fn decode(criterion: &mut Criterion) {
             if machine.smoke() { (small(config.clone()), 20) } else { (config.clone(), context) };
         let decoder = Synthetic::new(&queue).decoder(&config, dtype);
         let mut lane = lane(&decoder, &queue, context + 1);
-        check(&id, &decoder, &mut lane, tolerance(dtype));
+        check(&id, &decoder, dtype, &mut lane);
 
         read(&mut lane, &ids(&config, context));
         let cache = config.layers * 2 * (context + 1) * config.kv_heads * config.head_dim * 2;
@@ -68,21 +68,17 @@ fn read(lane: &mut Lane, ids: &[u32]) {
 }
 
 /// A step's logits against those of plain Rust in f32.
-fn check(id: &str, decoder: &Decoder, found: &mut Lane, tolerance: f64) {
-    let exact = Decoder {
-        config: decoder.config.clone(),
-        weights: decoder.weights.clone(),
-        precision: Precision::F32,
-    };
+fn check(id: &str, decoder: &Decoder, dtype: DType, found: &mut Lane) {
     let portable: Arc<dyn Backend> = Cpu::with(0, Simd::Portable, Schedule::Steady);
-    let mut plain = lane(&Arc::new(exact), &Queue::new(&portable).expect("a queue"), CHECKED + 1);
+    let portable = Queue::new(&portable).expect("a queue");
+    let mut plain = lane(&exact_on_cpu(decoder, dtype, &found.queue, &portable), &portable, CHECKED + 1);
     let ids = ids(&decoder.config, CHECKED);
     let [found, expected] = [found, &mut plain].map(|lane| {
         read(lane, &ids);
         lane.step(1).expect("a decode step")
     });
     let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
-    assert_close(&format!("{id}: logits"), &found, &expected, tolerance);
+    assert_close(&format!("{id}: logits"), &found, &expected, tolerance(dtype));
 }
 
 criterion_group!(benches, decode);

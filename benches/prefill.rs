@@ -15,7 +15,7 @@ use c2c::{
 use criterion::{Criterion, criterion_group, criterion_main};
 use machine::{Machine, Work, assert_close};
 use std::sync::Arc;
-use synthetic::{Synthetic, ids, lane, pass_flops, receiver, sharer, small, tolerance};
+use synthetic::{Synthetic, exact_on_cpu, ids, lane, pass_flops, receiver, sharer, small, tolerance};
 
 /// Tokens whose cache is compared with the portable reference.
 const CHECKED: usize = 16;
@@ -42,7 +42,7 @@ fn prefill(criterion: &mut Criterion) {
         let mut lane = lane(&decoder, &queue, tokens);
         let ids = ids(&config, tokens);
         let mut logits = read(&mut lane, &ids);
-        check(&id, &decoder, &mut lane, &ids, &logits, tolerance(dtype));
+        check(&id, &decoder, dtype, &mut lane, &ids, &logits);
 
         let flops = pass_flops(&config, 0, tokens, true) + head_flops(&config);
         let work = if dtype.is_quantized() { Work::Int8(flops) } else { Work::Bf16(flops) };
@@ -63,8 +63,9 @@ fn read(lane: &mut Lane, ids: &[u32]) -> Vec<f32> {
     lane.logits().expect("logits")
 }
 
-/// Against f32 arithmetic: the logits with this processor's kernels, the last layer's first columns with plain Rust.
-fn check(id: &str, decoder: &Decoder, found: &mut Lane, ids: &[u32], logits: &[f32], tolerance: f64) {
+/// Against f32 arithmetic: the logits with this device's kernels, the last layer's first columns with plain Rust.
+fn check(id: &str, decoder: &Decoder, dtype: DType, found: &mut Lane, ids: &[u32], logits: &[f32]) {
+    let tolerance = tolerance(dtype);
     let exact = Arc::new(Decoder {
         config: decoder.config.clone(),
         weights: decoder.weights.clone(),
@@ -76,7 +77,8 @@ fn check(id: &str, decoder: &Decoder, found: &mut Lane, ids: &[u32], logits: &[f
     assert_close(&format!("{id}: logits"), logits, &wide(expected), tolerance);
 
     let portable: Arc<dyn c2c::backend::Backend> = Cpu::with(0, Simd::Portable, Schedule::Steady);
-    let mut plain = lane(&exact, &Queue::new(&portable).expect("a queue"), CHECKED);
+    let portable = Queue::new(&portable).expect("a queue");
+    let mut plain = lane(&exact_on_cpu(decoder, dtype, &queue, &portable), &portable, CHECKED);
     read(&mut plain, &ids[..CHECKED]);
     let last = decoder.config.layers - 1;
     let found = found.read(last, 0, CHECKED).expect("columns");

@@ -21,5 +21,8 @@ step cargo clippy --workspace --all-targets -- -D warnings
 RUST_BACKTRACE=0 step cargo test --workspace
 # Every bench once, on tiny shapes: each checks its result before it times anything.
 RUST_BACKTRACE=0 step cargo test --benches
+# The same on the software GPU, preloaded into the benches alone.
+softcuda="['env', 'LD_PRELOAD=$PWD/target/debug/deps/libsoftcuda.so']"
+RUST_BACKTRACE=0 C2C_BENCH_DEVICE=cuda step cargo test --benches --config "target.'cfg(unix)'.runner=$softcuda"
 step scripts/readme.sh
 printf '\n== all passed in %s min %s s\n' $((SECONDS / 60)) $((SECONDS % 60))

@@ -150,6 +150,15 @@ impl Synthetic<'_> {
     }
 }
 
+/// The same model in f32 arithmetic for a CPU: its own weights, or where they lie on another device the same numbers made again.
+pub fn exact_on_cpu(decoder: &Decoder, dtype: DType, made_on: &Queue, cpu: &Queue) -> Arc<Decoder> {
+    let weights = match made_on.backend().device() == cpu.backend().device() {
+        true => decoder.weights.clone(),
+        false => Synthetic::new(cpu).decoder(&decoder.config, dtype).weights.clone(),
+    };
+    Arc::new(Decoder { config: decoder.config.clone(), weights, precision: Precision::F32 })
+}
+
 /// How far numbers of a whole model may be from f32 arithmetic, in parts of their root mean square: twice what the plain
 /// computation in that precision is off by. Rounding of every layer adds up: 0.02 where only the cache is in bf16,
 /// 0.042 where the products are too (AVX512-BF16), 0.1 with int8 activations; something wrong is off by 1.
