@@ -30,13 +30,7 @@ const FUSE: FuseCase = FuseCase {
     target: (8, 32),
     hidden: 256,
     inner: 256,
-    blocks: 1,
-    weights: DType::Bf16,
-    scalar: true,
-    use_target: true,
-    stage: 0,
-    gates: [1.0, 1.0],
-    apart: false,
+    ..FuseCase::C2C
 };
 
 fn run(case: &Case) -> Option<Vec<KernelCounts>> {

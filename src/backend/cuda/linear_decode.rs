@@ -239,26 +239,9 @@ fn gemv_kernel(dtype: DType, tokens: u32) -> (&'static str, u32) {
 mod tests {
     use super::*;
 
-    const WEIGHTS: [DType; 14] = [
-        DType::F32,
-        DType::F16,
-        DType::Bf16,
-        DType::Q4_0,
-        DType::Q4_1,
-        DType::Q5_0,
-        DType::Q5_1,
-        DType::Q8_0,
-        DType::Q2K,
-        DType::Q3K,
-        DType::Q4K,
-        DType::Q5K,
-        DType::Q6K,
-        DType::Iq4Nl,
-    ];
-
     #[test]
     fn shared_memory_fits_on_every_card() {
-        for dtype in WEIGHTS {
+        for dtype in DType::ALL.into_iter().filter(|&dtype| dtype != DType::U32) {
             for tokens in 1..20 {
                 for cols in [256, 4096, 14_336, 53_248] {
                     let (launch, segment) = launch(Kernel::Gemv(dtype), 4096, 1, cols, tokens, false);

@@ -136,13 +136,9 @@ impl Cuda {
         self.lock().streams[queue].clone()
     }
 
-    fn device_name(&self) -> String {
-        format!("cuda:{}", self.ordinal)
-    }
-
-    /// Multiprocessors of the device.
-    pub fn processors(&self) -> u32 {
-        self.processors
+    fn failed(&self, what: impl Into<String>, problem: impl ToString) -> Error {
+        let device = format!("cuda:{}", self.ordinal);
+        Error::Failed { device, what: what.into(), problem: problem.to_string() }
     }
 
     /// Issues something, unless an earlier failure waits to be told: what would follow has no inputs. Keeps a failure for
@@ -167,7 +163,7 @@ impl Cuda {
     fn failure(&self) -> Result<(), Error> {
         match self.lock().failure.take() {
             None => Ok(()),
-            Some((what, problem)) => Err(Error::Failed { device: self.device_name(), what, problem }),
+            Some((what, problem)) => Err(self.failed(what, problem)),
         }
     }
 
@@ -188,11 +184,7 @@ impl Cuda {
         }
         let done = self.stream(queue).synchronize();
         self.failure()?;
-        done.map_err(|error| Error::Failed {
-            device: self.device_name(),
-            what: "an operation on the device".into(),
-            problem: error.to_string(),
-        })
+        done.map_err(|error| self.failed("an operation on the device", error))
     }
 }
 
@@ -259,11 +251,7 @@ impl Backend for Cuda {
         let bytes = &file[offset..offset + tensor.bytes()];
         let copied =
             self.staging.upload(&stream, bytes, tensor.address()).and_then(|()| stream.synchronize());
-        copied.map_err(|error| Error::Failed {
-            device: self.device_name(),
-            what: format!("copying `{what}` to the device"),
-            problem: error.to_string(),
-        })?;
+        copied.map_err(|error| self.failed(format!("copying `{what}` to the device"), error))?;
         Ok(tensor)
     }
 
@@ -279,22 +267,14 @@ impl Backend for Cuda {
     fn download(&self, queue: usize, tensor: &Tensor, bytes: &mut [u8]) -> Result<(), Error> {
         self.wait_for(queue)?;
         let copied = self.staging.download(&self.stream(queue), tensor.address(), bytes);
-        copied.map_err(|error| Error::Failed {
-            device: self.device_name(),
-            what: format!("downloading {tensor:?}"),
-            problem: error.to_string(),
-        })
+        copied.map_err(|error| self.failed(format!("downloading {tensor:?}"), error))
     }
 
     fn new_queue(&self) -> Result<usize, Error> {
         if let Some(queue) = self.lock().released.pop() {
             return Ok(queue);
         }
-        let stream = self.context.new_stream().map_err(|error| Error::Failed {
-            device: self.device_name(),
-            what: "making a stream".into(),
-            problem: error.to_string(),
-        })?;
+        let stream = self.context.new_stream().map_err(|error| self.failed("making a stream", error))?;
         self.arena.watch(stream.clone());
         let mut state = self.lock();
         state.streams.push(stream);

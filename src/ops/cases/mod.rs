@@ -277,6 +277,23 @@ impl Case {
 }
 
 impl FuseCase {
+    /// One small layer of the published kind.
+    pub const C2C: FuseCase = FuseCase {
+        layers: 1,
+        tokens: 7,
+        source: (2, 32),
+        target: (4, 16),
+        hidden: 64,
+        inner: 96,
+        blocks: 1,
+        weights: DType::Bf16,
+        scalar: true,
+        use_target: true,
+        stage: 0,
+        gates: [1.0, 1.0],
+        apart: false,
+    };
+
     fn operands(&self, data: &mut Data) -> Result<FuseOperands, Error> {
         const BLOCK: usize = 16;
         let (source_width, target_width) = (self.source.0 * self.source.1, self.target.0 * self.target.1);

@@ -150,25 +150,11 @@ fn attention(all: &mut Vec<Case>) {
 }
 
 fn fuse(all: &mut Vec<Case>) {
-    let c2c = FuseCase {
-        layers: 1,
-        tokens: 7,
-        source: (2, 32),
-        target: (4, 16),
-        hidden: 64,
-        inner: 96,
-        blocks: 1,
-        weights: DType::Bf16,
-        scalar: true,
-        use_target: true,
-        stage: 0,
-        gates: [1.0, 1.0],
-        apart: false,
-    };
+    const C2C: FuseCase = FuseCase::C2C;
     all.extend(
         [
-            FuseCase { tokens: 1, ..c2c.clone() },
-            FuseCase { weights: DType::F32, ..c2c.clone() },
+            FuseCase { tokens: 1, ..C2C },
+            FuseCase { weights: DType::F32, ..C2C },
             FuseCase {
                 layers: 3,
                 tokens: 70,
@@ -176,16 +162,16 @@ fn fuse(all: &mut Vec<Case>) {
                 target: (8, 32),
                 hidden: 128,
                 inner: 128,
-                ..c2c.clone()
+                ..C2C
             },
-            FuseCase { scalar: false, ..c2c.clone() },
-            FuseCase { scalar: false, use_target: false, tokens: 33, ..c2c.clone() },
-            FuseCase { apart: true, gates: [1.0, 0.25], ..c2c.clone() },
-            FuseCase { gates: [0.0, 1.0], ..c2c.clone() },
-            FuseCase { apart: true, gates: [1.0, 0.0], ..c2c.clone() },
-            FuseCase { stage: 48, tokens: 20, source: (1, 48), ..c2c.clone() },
-            FuseCase { blocks: 3, layers: 2, tokens: 19, ..c2c.clone() },
-            FuseCase { hidden: 60, inner: 52, source: (3, 10), target: (2, 6), weights: DType::F16, ..c2c },
+            FuseCase { scalar: false, ..C2C },
+            FuseCase { scalar: false, use_target: false, tokens: 33, ..C2C },
+            FuseCase { apart: true, gates: [1.0, 0.25], ..C2C },
+            FuseCase { gates: [0.0, 1.0], ..C2C },
+            FuseCase { apart: true, gates: [1.0, 0.0], ..C2C },
+            FuseCase { stage: 48, tokens: 20, source: (1, 48), ..C2C },
+            FuseCase { blocks: 3, layers: 2, tokens: 19, ..C2C },
+            FuseCase { hidden: 60, inner: 52, source: (3, 10), target: (2, 6), weights: DType::F16, ..C2C },
         ]
         .map(Case::Fuse),
     );

@@ -5,12 +5,13 @@ pub(crate) mod code;
 pub(crate) mod decode;
 mod lex;
 mod parse;
+pub(crate) mod syntax;
 pub(crate) mod types;
 
 use std::collections::HashMap;
 
 use decode::{Decoder, Program};
-use parse::{Declaration, Initial, Literal};
+use syntax::{Declaration, Initial, Literal};
 
 /// Why a text was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

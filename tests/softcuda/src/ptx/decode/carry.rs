@@ -5,7 +5,7 @@ use super::{Decoder, Opcode};
 use crate::arith::integer;
 use crate::ptx::Error;
 use crate::ptx::code::{Op, Source, map2};
-use crate::ptx::parse::Statement;
+use crate::ptx::syntax::Statement;
 
 impl<'p, 'a> Decoder<'p, 'a> {
     pub(super) fn carry(&mut self, op: &Opcode, statement: &'p Statement<'a>) -> Result<bool, Error> {

@@ -7,7 +7,7 @@ use crate::arith::float::{BF16, F16, F32, F64, Format};
 use crate::arith::integer;
 use crate::ptx::Error;
 use crate::ptx::code::{FALSE, Logic, Op, Predicate, Source, Test, map1, map2, test};
-use crate::ptx::parse::{Operand, Statement};
+use crate::ptx::syntax::{Operand, Statement};
 use crate::ptx::types::{Class, Type};
 
 const COMPARISONS: [&str; 18] = [

@@ -3,7 +3,7 @@
 use super::{Decoder, LOCAL_WINDOW, Opcode, PARAM_WINDOW, SHARED_WINDOW};
 use crate::ptx::Error;
 use crate::ptx::code::{AtomicOp, Op, Source, Space, map1, test};
-use crate::ptx::parse::{Literal, Operand, Statement};
+use crate::ptx::syntax::{Literal, Operand, Statement};
 
 fn space_of(op: &Opcode) -> Space {
     let named = |modifier: &&str| match *modifier {

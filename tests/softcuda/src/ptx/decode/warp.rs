@@ -7,7 +7,7 @@ use crate::ptx::Error;
 use crate::ptx::code::{
     BarrierKind, BarrierReduction, Element, Mma, Op, ReduceOp, Register, ShuffleMode, Source, VoteMode,
 };
-use crate::ptx::parse::{Operand, Statement};
+use crate::ptx::syntax::{Operand, Statement};
 use crate::ptx::types::{Class, Type};
 
 impl<'p, 'a> Decoder<'p, 'a> {
