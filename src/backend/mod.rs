@@ -8,9 +8,11 @@ pub mod cpu;
 pub mod cuda;
 mod dtype;
 mod tensor;
+mod training;
 
 pub use dtype::DType;
 pub use tensor::{Shape, Storage, Tensor};
+pub use training::Training;
 
 use crate::ops;
 use memmap2::Mmap;
@@ -251,6 +253,11 @@ pub trait Backend: Send + Sync {
     );
     fn soft_cap(&self, queue: usize, cap: f32, x: &Tensor);
     fn fuse(&self, queue: usize, p: ops::FuseParams, extent: ops::FuseExtent, operands: &ops::FuseOperands);
+
+    /// The ops of training; `None` where the device has none.
+    fn training(&self) -> Option<&dyn Training> {
+        None
+    }
 
     /// Drawing tokens on the device; `None` where logits lie with the host, which then draws.
     fn draw_tokens(&self) -> Option<&dyn DrawTokens> {

@@ -180,6 +180,7 @@ impl Decoder {
         let cos_sin = batch.cos_sin_local.as_ref().filter(|_| local).unwrap_or(&batch.cos_sin);
         let operands = RopeOperands {
             qkv: a.qkv.clone(),
+            q_out: None,
             q_norm: weights.q_norm.clone(),
             k_norm: weights.k_norm.clone(),
             cos_sin: cos_sin.clone(),

@@ -1,6 +1,8 @@
 //! Causal attention over pages, for any mix of prefill and decode sequences.
 
-use super::{KvPages, Pass, Scratch, ShapeError, activations, check, check_apart, scratch::check_scratch};
+use super::{
+    KvPages, Pass, Scratch, ShapeError, activations, check, check_apart, scratch::check_scratch, training,
+};
 use crate::backend::{DType, Queue, Tensor};
 
 #[derive(Clone, Copy, Debug)]
@@ -96,5 +98,65 @@ pub fn paged_attention(
         });
     }
     queue.backend().paged_attention(queue.id(), p, operands);
+    Ok(())
+}
+
+/// Operands of [`attention_backward`], beside those of the forward op.
+#[derive(Clone, Debug)]
+pub struct AttentionGrads {
+    /// F32`[tokens, heads · head_dim]`
+    pub dout: Tensor,
+    /// F32`[tokens, heads · head_dim]`, assigned.
+    pub dq: Tensor,
+    /// F32 pages of as many blocks and the same geometry as the forward op's: gradients of every key and value that a
+    /// query saw are added, the context before the new tokens (a fused past) included.
+    pub dkv: KvPages,
+    /// See [`Scratch::AttentionBackward`].
+    pub scratch: Tensor,
+}
+
+/// Backward of [`paged_attention`] with [`Pass::Prefill`]. `forward.out` holds its result; the scores are computed again.
+pub fn attention_backward(
+    queue: &Queue,
+    p: AttentionParams,
+    forward: &AttentionOperands,
+    grads: &AttentionGrads,
+) -> Result<(), ShapeError> {
+    const OP: &str = "attention_backward";
+    let (tokens, sequences) = (p.tokens as usize, p.sequences as usize);
+    let width = (p.heads * p.head_dim) as usize;
+    check(OP, "q", &forward.q, activations(queue), &[tokens, p.q_stride as usize])?;
+    check(OP, "out", &forward.out, &[forward.q.dtype()], &[tokens, width])?;
+    check(OP, "cu_q", &forward.cu_q, &[DType::U32], &[sequences + 1])?;
+    check(OP, "context", &forward.context, &[DType::U32], &[sequences])?;
+    check(OP, "block_tables", &forward.block_tables, &[DType::U32], &[sequences, p.max_blocks as usize])?;
+    forward.pages.check(OP, "pages.keys", "pages.values")?;
+    grads.dkv.check(OP, "dkv.keys", "dkv.values")?;
+    let dims = forward.pages.keys.shape();
+    let expected = [dims[0], p.kv_heads as usize, dims[2], p.head_dim as usize];
+    check(OP, "pages.keys", &forward.pages.keys, super::KV_DTYPES, &expected)?;
+    check(OP, "dkv.keys", &grads.dkv.keys, &[DType::F32], &expected)?;
+    for (name, tensor) in [("dout", &grads.dout), ("dq", &grads.dq)] {
+        check(OP, name, tensor, &[DType::F32], &[tokens, width])?;
+    }
+    let inputs = [("q", &forward.q), ("out", &forward.out), ("dout", &grads.dout)];
+    check_apart(OP, &grads.dq, &inputs)?;
+    let context = p.max_blocks as usize * forward.pages.block_size();
+    let (heads, head_dim) = (p.heads as usize, p.head_dim as usize);
+    let need = Scratch::AttentionBackward { tokens, sequences, heads, head_dim, context };
+    check_scratch(OP, queue, &grads.scratch, need)?;
+    if p.pass != Pass::Prefill
+        || !p.heads.is_multiple_of(p.kv_heads.max(1))
+        || !(p.scale > 0.0 && p.scale.is_finite())
+        || (p.q_stride as usize) < width
+    {
+        return Err(ShapeError {
+            op: OP,
+            operand: "params",
+            found: format!("{p:?}"),
+            expected: "a prefill pass, kv heads dividing heads, a positive scale".into(),
+        });
+    }
+    training(OP, queue)?.attention_backward(queue.id(), p, forward, grads);
     Ok(())
 }

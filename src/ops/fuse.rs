@@ -130,7 +130,18 @@ impl FuseExtent {
 /// are not already the same slots. A slot of `out` may be the same token's slot of `base` and `target`, and no other.
 pub fn fuse(queue: &Queue, p: FuseParams, operands: &FuseOperands) -> Result<(), ShapeError> {
     const OP: &str = "fuse";
-    let o = operands;
+    let Some(extent) = check_fuse(OP, p, operands)? else { return Ok(()) };
+    check_scratch(OP, queue, &operands.scratch, Scratch::Fuse(extent))?;
+    queue.backend().fuse(queue.id(), p, extent, operands);
+    Ok(())
+}
+
+/// All but the length of the scratch; the extent of the layers, if there are any.
+pub(super) fn check_fuse(
+    op: &'static str,
+    p: FuseParams,
+    o: &FuseOperands,
+) -> Result<Option<FuseExtent>, ShapeError> {
     let tokens = p.tokens as usize;
     let slots = [
         ("source_slots", &o.source_slots),
@@ -139,7 +150,7 @@ pub fn fuse(queue: &Queue, p: FuseParams, operands: &FuseOperands) -> Result<(),
         ("out_slots", &o.out_slots),
     ];
     for (name, slots) in slots {
-        check(OP, name, slots, &[DType::U32], &[tokens])?;
+        check(op, name, slots, &[DType::U32], &[tokens])?;
     }
     let mut first: Option<FuseExtent> = None;
     for layer in &o.layers {
@@ -147,7 +158,7 @@ pub fn fuse(queue: &Queue, p: FuseParams, operands: &FuseOperands) -> Result<(),
         let extents = [&layer.keys, &layer.values].map(|projector| FuseExtent::new(projector, 0, 0, 0));
         if extents[0] != extents[1] || first.is_some_and(|first| first != extent) {
             return Err(ShapeError {
-                op: OP,
+                op,
                 operand: "layers",
                 found: format!("projectors of {extent:?} and others"),
                 expected: "projectors of one size".into(),
@@ -160,18 +171,14 @@ pub fn fuse(queue: &Queue, p: FuseParams, operands: &FuseOperands) -> Result<(),
         };
         if geometry(layer) != geometry(&o.layers[0]) {
             return Err(ShapeError {
-                op: OP,
+                op,
                 operand: "layers",
                 found: format!("pages of {:?} and others", layer.target.keys),
                 expected: "pages of one geometry".into(),
             });
         }
     }
-    let Some(extent) = first else { return Ok(()) };
-    let extent = FuseExtent { layers: o.layers.len(), tokens, ..extent };
-    check_scratch(OP, queue, &o.scratch, Scratch::Fuse(extent))?;
-    queue.backend().fuse(queue.id(), p, extent, operands);
-    Ok(())
+    Ok(first.map(|extent| FuseExtent { layers: o.layers.len(), tokens, ..extent }))
 }
 
 fn check_layer(layer: &FuseLayer, use_target: bool, scratch: &Tensor) -> Result<FuseExtent, ShapeError> {

@@ -1,6 +1,9 @@
 //! Gated linear unit and the soft cap on logits.
 
-use super::{FLOATS, Pass, Scratch, ShapeError, Weight, check, check_apart, scratch::check_scratch};
+use super::{
+    FLOATS, Pass, Scratch, ShapeError, Weight, activations, check, check_apart, scratch::check_scratch,
+    training,
+};
 use crate::backend::{DType, Precision, Queue, Tensor};
 
 #[repr(u32)]
@@ -68,5 +71,35 @@ pub fn linear_glu(
 pub fn soft_cap(queue: &Queue, cap: f32, x: &Tensor) -> Result<(), ShapeError> {
     check("soft_cap", "x", x, &[DType::F32], x.shape())?;
     queue.backend().soft_cap(queue.id(), cap, x);
+    Ok(())
+}
+
+/// `out = act(gate) · up`, the second half of [`linear_glu`] where gate and up are kept for a backward pass: `gate_up` activations
+/// `[tokens, 2 · width]`, gate first, `out` the same `[tokens, width]`.
+pub fn glu(queue: &Queue, gate_up: &Tensor, activation: Activation, out: &Tensor) -> Result<(), ShapeError> {
+    const OP: &str = "glu";
+    let (tokens, width) = (out.rows(), out.row_len());
+    check(OP, "out", out, activations(queue), &[tokens, width])?;
+    check(OP, "gate_up", gate_up, &[out.dtype()], &[tokens, 2 * width])?;
+    check_apart(OP, out, &[("gate_up", gate_up)])?;
+    training(OP, queue)?.glu(queue.id(), activation, gate_up, out);
+    Ok(())
+}
+
+/// Backward of [`glu`]: `dout` F32`[tokens, width]`, `dgate_up` F32`[tokens, 2 · width]`, assigned.
+pub fn glu_backward(
+    queue: &Queue,
+    gate_up: &Tensor,
+    activation: Activation,
+    dout: &Tensor,
+    dgate_up: &Tensor,
+) -> Result<(), ShapeError> {
+    const OP: &str = "glu_backward";
+    let (tokens, width) = (dout.rows(), dout.row_len());
+    check(OP, "dout", dout, &[DType::F32], &[tokens, width])?;
+    check(OP, "gate_up", gate_up, activations(queue), &[tokens, 2 * width])?;
+    check(OP, "dgate_up", dgate_up, &[DType::F32], &[tokens, 2 * width])?;
+    check_apart(OP, dgate_up, &[("gate_up", gate_up), ("dout", dout)])?;
+    training(OP, queue)?.glu_backward(queue.id(), activation, gate_up, dout, dgate_up);
     Ok(())
 }

@@ -1,6 +1,6 @@
-//! Linear map: `out = x · Wᵀ + bias`, or added to `out`.
+//! Linear map: `out = x · Wᵀ + bias`, or added to `out`; backward to its input and to its weights.
 
-use super::{FLOATS, ShapeError, check, check_apart};
+use super::{FLOATS, ShapeError, activations, check, check_apart, training};
 use crate::backend::{DType, Precision, Queue, Tensor};
 
 /// A weight matrix `[rows, cols]`, possibly stacked from parts of different dtypes (q, k, v of one layer; gate and
@@ -89,5 +89,62 @@ pub fn linear(
     check_apart("linear", out, &[("x", x)])?;
     let p = LinearParams { tokens: tokens as u32, pass, precision, accumulate };
     queue.backend().linear(queue.id(), p, x, weight, out);
+    Ok(())
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct LinearBackwardParams {
+    pub tokens: u32,
+    pub precision: Precision,
+    /// Add to what the output holds instead of assigning.
+    pub accumulate: bool,
+}
+
+/// `dx = dy · W`, or added to `dx`: `dy` F32`[tokens, rows]`, `dx` F32`[tokens, cols]`.
+pub fn linear_backward_input(
+    queue: &Queue,
+    dy: &Tensor,
+    weight: &Weight,
+    precision: Precision,
+    accumulate: bool,
+    dx: &Tensor,
+) -> Result<(), ShapeError> {
+    const OP: &str = "linear_backward_input";
+    let tokens = dy.rows();
+    check(OP, "dy", dy, &[DType::F32], &[tokens, weight.rows()])?;
+    for part in &weight.parts {
+        check(OP, "weight", &part.matrix, &DType::ALL, &[part.matrix.rows(), weight.cols()])?;
+    }
+    check(OP, "dx", dx, &[DType::F32], &[tokens, weight.cols()])?;
+    check_apart(OP, dx, &[("dy", dy)])?;
+    let p = LinearBackwardParams { tokens: tokens as u32, precision, accumulate };
+    training(OP, queue)?.linear_backward_input(queue.id(), p, dy, weight, dx);
+    Ok(())
+}
+
+/// `dW += dyᵀ · x` and, where the part has one, `db += Σ dy` over the tokens: `dy` F32`[tokens, rows]`, `x` activations
+/// `[tokens, cols]`, `grad` of the weight's parts, all F32.
+pub fn linear_backward_weight(
+    queue: &Queue,
+    dy: &Tensor,
+    x: &Tensor,
+    precision: Precision,
+    grad: &Weight,
+) -> Result<(), ShapeError> {
+    const OP: &str = "linear_backward_weight";
+    let tokens = dy.rows();
+    check(OP, "dy", dy, &[DType::F32], &[tokens, grad.rows()])?;
+    check(OP, "x", x, activations(queue), &[tokens, grad.cols()])?;
+    for part in &grad.parts {
+        let rows = part.matrix.rows();
+        check(OP, "grad", &part.matrix, &[DType::F32], &[rows, grad.cols()])?;
+        check_apart(OP, &part.matrix, &[("dy", dy), ("x", x)])?;
+        if let Some(bias) = &part.bias {
+            check(OP, "grad bias", bias, &[DType::F32], &[rows])?;
+            check_apart(OP, bias, &[("dy", dy), ("x", x)])?;
+        }
+    }
+    let p = LinearBackwardParams { tokens: tokens as u32, precision, accumulate: true };
+    training(OP, queue)?.linear_backward_weight(queue.id(), p, dy, x, grad);
     Ok(())
 }

@@ -8,27 +8,38 @@ mod attention;
 pub mod cases;
 mod embed;
 mod fuse;
+mod fuse_training;
 mod gather;
 mod glu;
 mod linear;
+mod loss;
 mod norm;
+mod optimizer;
 mod rope;
 mod sample;
 mod scratch;
 
-pub use attention::{AttentionOperands, AttentionParams, paged_attention};
-pub use embed::{EmbedParams, embed};
+pub use attention::{
+    AttentionGrads, AttentionOperands, AttentionParams, attention_backward, paged_attention,
+};
+pub use embed::{EmbedParams, embed, embed_backward};
 pub(crate) use fuse::FUSE_CHUNK;
 pub use fuse::{Ffn, FuseExtent, FuseLayer, FuseOperands, FuseParams, Projector, SourceStage, fuse};
+pub use fuse_training::{FuseGrads, FuseTape, FuseTrainingParams, dropout_part, fuse_backward, fuse_forward};
 pub use gather::{KvPages, MAX_HEAD_DIM, copy_slots, gather_rows};
-pub use glu::{Activation, GluParams, linear_glu, soft_cap};
-pub use linear::{LinearParams, Pass, Weight, WeightPart, linear};
-pub use norm::{NormOutput, RmsNormParams, rms_norm};
-pub use rope::{RopeOperands, RopeParams, rope_kv_write};
+pub use glu::{Activation, GluParams, glu, glu_backward, linear_glu, soft_cap};
+pub use linear::{
+    LinearBackwardParams, LinearParams, Pass, Weight, WeightPart, linear, linear_backward_input,
+    linear_backward_weight,
+};
+pub use loss::{CrossEntropyParams, IGNORED, cross_entropy};
+pub use norm::{NormOutput, RmsNormParams, rms_norm, rms_norm_backward};
+pub use optimizer::{AdamwParams, adamw, sum_of_squares};
+pub use rope::{RopeBackwardOperands, RopeOperands, RopeParams, rope_backward, rope_kv_write};
 pub use sample::{MAX_RANKED, SampleOperands, SampleRow, SampledRow, sample};
 pub use scratch::Scratch;
 
-use crate::backend::{DType, Precision, Queue, Tensor};
+use crate::backend::{DType, Precision, Queue, Tensor, Training};
 
 /// An operand that does not fit its op.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +76,16 @@ fn activations(queue: &Queue) -> &'static [DType] {
         DType::Bf16 => &[DType::F32, DType::Bf16],
         _ => &[DType::F32],
     }
+}
+
+/// The device's ops of training.
+fn training<'q>(op: &'static str, queue: &'q Queue) -> Result<&'q dyn Training, ShapeError> {
+    queue.backend().training().ok_or_else(|| ShapeError {
+        op,
+        operand: "device",
+        found: queue.backend().description(),
+        expected: "a device that trains".into(),
+    })
 }
 
 /// Refuses an output that shares memory with an input: a kernel reads the one while it writes the other.

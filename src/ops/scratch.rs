@@ -11,8 +11,14 @@ pub enum Scratch {
     LinearGlu { tokens: usize, width: usize },
     /// [`super::paged_attention`] of up to `sequences` sequences of at most `context` keys.
     Attention { sequences: usize, heads: usize, head_dim: usize, context: usize },
-    /// [`super::fuse`].
+    /// [`super::fuse`] and [`super::fuse_forward`].
     Fuse(FuseExtent),
+    /// What [`super::fuse_forward`] keeps of one layer, keys and values: [`super::FuseTape::saved`].
+    FuseSaved(FuseExtent),
+    /// [`super::fuse_backward`].
+    FuseBackward(FuseExtent),
+    /// [`super::attention_backward`].
+    AttentionBackward { tokens: usize, sequences: usize, heads: usize, head_dim: usize, context: usize },
 }
 
 pub(super) fn check_scratch(

@@ -4,17 +4,22 @@ mod attention;
 mod blocks;
 mod executor;
 mod fuse;
+mod fuse_training;
 mod limits;
 mod linear;
 mod memory;
+mod optimizer;
 mod pointwise;
+mod pointwise_backward;
 mod rope;
+mod rope_backward;
 mod simd;
 #[cfg(all(test, target_arch = "x86_64"))]
 mod soft512;
 mod team;
 #[cfg(test)]
 mod tests;
+mod training;
 
 pub use executor::{Event, Graph, Schedule};
 pub use limits::Limits;
@@ -87,6 +92,10 @@ impl Backend for Cpu {
             // Partial results live with the threads.
             ops::Scratch::Attention { .. } => 0,
             ops::Scratch::Fuse(extent) => fuse::scratch_len(extent),
+            ops::Scratch::FuseSaved(extent) => fuse_training::saved_len(extent),
+            ops::Scratch::FuseBackward(extent) => fuse_training::scratch_len(extent),
+            // As in the forward pass.
+            ops::Scratch::AttentionBackward { .. } => 0,
         }
     }
 
@@ -222,6 +231,10 @@ impl Backend for Cpu {
     fn soft_cap(&self, queue: usize, cap: f32, x: &Tensor) {
         let x = x.clone();
         self.executor.issue(queue, move |team| pointwise::soft_cap(team, cap, &x));
+    }
+
+    fn training(&self) -> Option<&dyn super::Training> {
+        Some(self)
     }
 
     fn fuse(&self, queue: usize, p: ops::FuseParams, _: ops::FuseExtent, operands: &ops::FuseOperands) {

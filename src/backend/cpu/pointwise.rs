@@ -3,7 +3,7 @@
 use super::{Simd, blocks, simd::vectorized, team::Team};
 use crate::{
     backend::{DType, Tensor},
-    ops::{Activation, EmbedParams, GluParams, NormOutput, RmsNormParams},
+    ops::{Activation, EmbedParams, NormOutput, RmsNormParams},
 };
 
 /// Rows per task such that a task is worth handing out.
@@ -157,14 +157,14 @@ pub(super) fn erf(x: f32) -> f32 {
 }
 
 /// `x`: gate beside up.
-pub(super) fn glu(team: &mut Team, simd: Simd, p: GluParams, x: &[f32], out: &Tensor) {
-    let cols = p.width as usize;
+pub(super) fn glu(team: &mut Team, simd: Simd, activation: Activation, x: &[f32], out: &Tensor) {
+    let cols = out.row_len();
     let per_task = rows_per_task(cols);
     team.chunks_mut(out.host_mut::<f32>(), per_task * cols, |task, rows| {
         for (i, y) in rows.chunks_exact_mut(cols).enumerate() {
             let at = (task * per_task + i) * 2 * cols;
             let (gate, up) = x[at..at + 2 * cols].split_at(cols);
-            glu_row(simd, p.activation, gate, up, y);
+            glu_row(simd, activation, gate, up, y);
         }
     });
 }

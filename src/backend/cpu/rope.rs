@@ -28,9 +28,10 @@ pub(super) fn rope_kv_write(team: &mut Team, simd: Simd, p: RopeParams, o: &Rope
     let (cos_sin, slots) = (o.cos_sin.host::<f32>(), o.slots.host::<u32>());
     let keys = PageWriter::new(&o.pages.keys);
     let values = PageWriter::new(&o.pages.values);
+    let q_out = o.q_out.as_ref().map(|q_out| SendPtr(q_out.host_mut::<f32>().as_mut_ptr()));
     let per_task = (4096 / width.max(1)).max(1);
     team.chunks_mut(o.qkv.host_mut::<f32>(), per_task * width, |task, rows| {
-        let mut rotated = vec![0.0f32; dim];
+        let (mut rotated, mut kept) = (vec![0.0f32; dim], vec![0.0f32; dim]);
         for (i, row) in rows.chunks_exact_mut(width).enumerate() {
             let token = task * per_task + i;
             let (cos, sin) = cos_sin[token * dim..(token + 1) * dim].split_at(dim / 2);
@@ -38,14 +39,26 @@ pub(super) fn rope_kv_write(team: &mut Team, simd: Simd, p: RopeParams, o: &Rope
             let slot = slots[token] as usize;
             for (head, x) in qk.chunks_exact_mut(dim).enumerate() {
                 let weight = if head < heads { &q_norm } else { &k_norm };
+                // A backward pass wants `qkv` as it was.
+                let x = if q_out.is_some() {
+                    kept.copy_from_slice(x);
+                    &mut kept[..]
+                } else {
+                    x
+                };
                 if let Some(weight) = weight {
                     norm_in_place(simd, x, weight, p.norm_eps);
                 }
                 rotate(simd, p.interleaved != 0, x, cos, sin, &mut rotated);
-                if head < heads {
-                    x.copy_from_slice(&rotated);
-                } else {
-                    keys.write(page_offset(&o.pages, slot, head - heads), &rotated);
+                match q_out {
+                    _ if head >= heads => keys.write(page_offset(&o.pages, slot, head - heads), &rotated),
+                    None => x.copy_from_slice(&rotated),
+                    Some(q_out) => {
+                        let at = (token * heads + head) * dim;
+                        // SAFETY: `q_out` is `[tokens, heads · dim]`, checked in ops; each token is one task's.
+                        let out = unsafe { std::slice::from_raw_parts_mut(q_out.get().add(at), dim) };
+                        out.copy_from_slice(&rotated);
+                    }
                 }
             }
             for (head, v) in v.chunks_exact(dim).enumerate() {

@@ -226,6 +226,10 @@ impl Backend for Cuda {
                 attention::scratch_len(sequences, heads, head_dim, context)
             }
             ops::Scratch::Fuse(extent) => fuse::scratch_len(extent),
+            // TRAINING
+            ops::Scratch::FuseSaved(_)
+            | ops::Scratch::FuseBackward(_)
+            | ops::Scratch::AttentionBackward { .. } => 0,
         }
     }
 

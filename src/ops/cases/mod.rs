@@ -187,6 +187,7 @@ impl Case {
                 let slots = data.slots(tokens, block_size);
                 let operands = RopeOperands {
                     qkv: data.in_place("qkv", &[tokens, width], heads * head_dim)?,
+                    q_out: None,
                     q_norm: norm.map(|dtype| data.vector(dtype, head_dim)).transpose()?,
                     k_norm: norm.map(|dtype| data.vector(dtype, head_dim)).transpose()?,
                     cos_sin: data.angles(tokens, head_dim)?,

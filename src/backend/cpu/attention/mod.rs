@@ -11,6 +11,7 @@ mod avx512 {
 
     pub mod vector;
 }
+pub(super) mod backward;
 mod decode;
 mod plan;
 mod portable;

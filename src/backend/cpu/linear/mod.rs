@@ -21,6 +21,7 @@ mod avx512 {
     pub mod float;
     pub mod int8;
 }
+pub(super) mod backward;
 #[cfg(target_arch = "x86_64")]
 mod dots_avx2;
 mod gemm;
@@ -79,7 +80,7 @@ pub(super) fn linear_glu(
     let tokens = p.tokens as usize;
     let both = &mut scratch.host_mut::<f32>()[..tokens * 2 * p.width as usize];
     matmul(team, simd, p.pass, p.precision, false, tokens, x.host(), gate_up, both);
-    pointwise::glu(team, simd, p, both, out);
+    pointwise::glu(team, simd, p.activation, both, out);
 }
 
 pub(super) fn linear(

@@ -1,0 +1,89 @@
+//! The ops of training: backward of the vocabulary, the loss, the optimiser.
+
+use super::Tensor;
+use crate::ops;
+
+/// A device that trains. One method per op; operands are described at the op's function in [`crate::ops`], which checks them
+/// and is the only caller. Sums are added up in a fixed order: two runs are bit-identical.
+pub trait Training {
+    fn linear_backward_input(
+        &self,
+        queue: usize,
+        p: ops::LinearBackwardParams,
+        dy: &Tensor,
+        weight: &ops::Weight,
+        dx: &Tensor,
+    );
+    fn linear_backward_weight(
+        &self,
+        queue: usize,
+        p: ops::LinearBackwardParams,
+        dy: &Tensor,
+        x: &Tensor,
+        grad: &ops::Weight,
+    );
+    #[allow(clippy::too_many_arguments)]
+    fn rms_norm_backward(
+        &self,
+        queue: usize,
+        p: ops::RmsNormParams,
+        x: &Tensor,
+        weight: &Tensor,
+        dy: &Tensor,
+        dx: &Tensor,
+        dweight: Option<&Tensor>,
+    );
+    fn glu(&self, queue: usize, activation: ops::Activation, gate_up: &Tensor, out: &Tensor);
+    fn glu_backward(
+        &self,
+        queue: usize,
+        activation: ops::Activation,
+        gate_up: &Tensor,
+        dout: &Tensor,
+        dgate_up: &Tensor,
+    );
+    fn embed_backward(&self, queue: usize, p: ops::EmbedParams, ids: &Tensor, dout: &Tensor, dtable: &Tensor);
+    fn rope_backward(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeBackwardOperands);
+    fn attention_backward(
+        &self,
+        queue: usize,
+        p: ops::AttentionParams,
+        forward: &ops::AttentionOperands,
+        grads: &ops::AttentionGrads,
+    );
+    fn cross_entropy(
+        &self,
+        queue: usize,
+        p: ops::CrossEntropyParams,
+        logits: &Tensor,
+        labels: &Tensor,
+        loss: &Tensor,
+    );
+    fn fuse_forward(
+        &self,
+        queue: usize,
+        p: ops::FuseTrainingParams,
+        extent: ops::FuseExtent,
+        operands: &ops::FuseOperands,
+        tapes: &[ops::FuseTape],
+    );
+    fn fuse_backward(
+        &self,
+        queue: usize,
+        p: ops::FuseTrainingParams,
+        extent: ops::FuseExtent,
+        operands: &ops::FuseOperands,
+        tapes: &[ops::FuseTape],
+        grads: &[ops::FuseGrads],
+    );
+    fn adamw(
+        &self,
+        queue: usize,
+        p: ops::AdamwParams,
+        weights: &Tensor,
+        grad: &Tensor,
+        m: &Tensor,
+        v: &Tensor,
+    );
+    fn sum_of_squares(&self, queue: usize, x: &Tensor, out: &Tensor);
+}
