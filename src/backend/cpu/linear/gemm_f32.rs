@@ -42,7 +42,7 @@ pub(super) unsafe fn gemm_f32(
     cols: usize,
     output: Output,
 ) {
-    assert!(x_stride >= cols && x.len() >= tokens.end * x_stride);
+    assert!(x_stride >= cols && x.len() + x_stride >= tokens.end * x_stride + cols);
     if simd >= Simd::Avx512 {
         let b = Blocking { lanes: 32, tile: 8, tokens: 120, slice: F32_SLICE };
         with_scratch(|scratch: &mut FloatScratch<32, { LANES / 32 }>| {
