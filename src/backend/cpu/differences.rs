@@ -6,22 +6,25 @@ use crate::{
     rng::{Purpose, Rng, Stream},
 };
 
-/// Gradient of `f` at `x` by four-point central differences: exact to about ten digits.
-pub(super) fn gradient(x: &[f64], mut f: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
+/// Derivatives of `f` at `x` by its elements `indices`, from four-point central differences: exact to about ten digits.
+pub(super) fn gradient_at(x: &[f64], indices: &[usize], mut f: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
     const STEP: f64 = 5e-4;
     let mut x = x.to_vec();
-    (0..x.len())
-        .map(|i| {
-            let center = x[i];
-            let mut at = |steps: f64| {
-                x[i] = center + steps * STEP;
-                let y = f(&x);
-                x[i] = center;
-                y
-            };
-            (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * STEP)
-        })
-        .collect()
+    let derivative = |&i: &usize| {
+        let center = x[i];
+        let mut at = |steps: f64| {
+            x[i] = center + steps * STEP;
+            let y = f(&x);
+            x[i] = center;
+            y
+        };
+        (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * STEP)
+    };
+    indices.iter().map(derivative).collect()
+}
+
+pub(super) fn gradient(x: &[f64], f: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
+    gradient_at(x, &(0..x.len()).collect::<Vec<usize>>(), f)
 }
 
 /// Numbers in ±1, some far out as activations have them.
