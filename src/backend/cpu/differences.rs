@@ -54,16 +54,25 @@ pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
+/// The largest magnitude.
+pub(super) fn largest(x: &[f64]) -> f64 {
+    x.iter().fold(0.0, |most: f64, x| most.max(x.abs()))
+}
+
 /// Every element of `found` within `share` of the largest of `exact`.
 #[track_caller]
 pub(super) fn assert_close(found: &[f32], exact: &[f64], share: f64, what: &str) {
+    assert_within(found, exact, share * largest(exact).max(1e-30), what)
+}
+
+#[track_caller]
+pub(super) fn assert_within(found: &[f32], exact: &[f64], allowed: f64, what: &str) {
     assert_eq!(found.len(), exact.len(), "{what}");
-    let largest = exact.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
     for (i, (&found, exact)) in found.iter().zip(exact).enumerate() {
         let off = (f64::from(found) - exact).abs();
         assert!(
-            off <= share * largest.max(1e-30),
-            "{what}, element {i}: {found}, expected {exact}; the largest is {largest}"
+            off <= allowed,
+            "{what}, element {i}: {found}, expected {exact}, off by {off:e}, allowed {allowed:e}"
         );
     }
 }
