@@ -84,6 +84,20 @@ impl Rng {
     }
 }
 
+/// Normal numbers of mean 0 and deviation 1 (Box and Muller), for initial values and controls: keyed by (seed, part, index).
+pub fn normal(seed: u64, part: u32, len: usize) -> Vec<f32> {
+    let rng = Rng::new(seed, Stream::new(Purpose::Init, part), 1);
+    let mut numbers = vec![0.0f32; len.next_multiple_of(2)];
+    rng.fill_uniform(0, &mut numbers);
+    for pair in numbers.chunks_exact_mut(2) {
+        let radius = (-2.0 * pair[0].ln()).sqrt();
+        let (sin, cos) = (std::f32::consts::TAU * pair[1]).sin_cos();
+        (pair[0], pair[1]) = (radius * cos, radius * sin);
+    }
+    numbers.truncate(len);
+    numbers
+}
+
 /// The upper 23 bits, centred in their interval.
 fn open_unit(bits: u32) -> f32 {
     ((bits >> 9) as f32 + 0.5) * (1.0 / (1u32 << 23) as f32)

@@ -13,6 +13,7 @@ mod decoder;
 pub mod gguf;
 mod kv;
 mod names;
+mod parameters;
 mod safetensors;
 mod weights;
 
@@ -20,6 +21,7 @@ pub use batch::{Batch, SequenceStep};
 pub use config::{Biases, ModelConfig, Rope, RopeScaling};
 pub use decoder::{Activations, Decoder, Extent, Goal, Head};
 pub use gguf::Gguf;
+pub use parameters::{Parameter, Role, parameters, require_transformers_order};
 pub use weights::{LayerWeights, Progress, Weights};
 
 use crate::{

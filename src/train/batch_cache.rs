@@ -79,13 +79,25 @@ impl BatchCache {
 
     /// Runs the model over the next tokens of every sequence, which nobody learns from.
     pub fn prefill(&mut self, queue: &Queue, decoder: &Decoder, pieces: &[Piece]) -> Result<(), Error> {
+        self.pass(queue, decoder, pieces, Goal::Cache)
+    }
+
+    /// The same, and the logits `[vocab]` after the last token of the last sequence.
+    pub fn logits(&mut self, queue: &Queue, decoder: &Decoder, pieces: &[Piece]) -> Result<Vec<f32>, Error> {
+        self.pass(queue, decoder, pieces, Goal::Hidden)?;
+        let last = pieces.iter().map(|piece| piece.ids.len()).sum::<usize>().saturating_sub(1);
+        let activations = self.activations.as_ref().expect("a pass leaves them");
+        Ok(decoder.logits(queue, Pass::Decode, activations, &[last as u32])?)
+    }
+
+    fn pass(&mut self, queue: &Queue, decoder: &Decoder, pieces: &[Piece], goal: Goal) -> Result<(), Error> {
         let batch = self.append(queue, decoder, pieces)?;
         let extent = Extent { tokens: batch.tokens, sequences: 1, context: BLOCK_SIZE };
         let activations = match self.activations.take().filter(|a| a.extent().tokens >= batch.tokens) {
             Some(activations) => activations,
             None => Activations::new(queue.backend(), &decoder.config, decoder.precision, extent)?,
         };
-        decoder.forward(queue, &batch, self.kv.layers(), &activations, Goal::Cache, |_| {}, |_| {})?;
+        decoder.forward(queue, &batch, self.kv.layers(), &activations, goal, |_| {}, |_| {})?;
         self.activations = Some(activations);
         Ok(())
     }

@@ -7,17 +7,30 @@
 //! ```
 
 mod batch_cache;
+mod checkpoint;
+pub mod config;
+pub mod events;
+pub mod exam;
+mod language_model;
 mod pair;
 mod parameters;
 mod pass;
+pub mod recipe;
+pub mod run;
 mod sample;
+pub mod schedule;
+pub mod tensorboard;
 mod trained_fuser;
 
 pub use batch_cache::{BatchCache, Piece};
+pub use config::{ConfigError, ConfigLayers, TrainConfig};
+pub use events::{Evaluation, Record, RunLog, Update};
+pub use language_model::ModelTrainer;
 pub use pair::{BatchReport, PairTrainer, Phases, Run};
 pub use parameters::{Adamw, Entry, Kept, Parameters};
 pub use pass::{Labels, Recompute, TrainingPass, gradient_pages};
 pub use sample::Sample;
+pub use schedule::{Annealing, LearningRate, Schedule};
 pub use trained_fuser::{DrawnNoise, FuseRequest, FusedColumns, Gate, GateNoise, TrainedFuser};
 
 use crate::{align, backend, cache, fuser, model, ops};

@@ -9,6 +9,7 @@ use crate::{
     fuser::{FusionMode, LayerCall},
     model::Decoder,
     ops::{self, IGNORED, KvPages},
+    rng::normal,
 };
 use std::{sync::Arc, time::Duration};
 
@@ -40,6 +41,15 @@ pub enum Run<'a> {
     Learn { noise: &'a [&'a dyn GateNoise], step: u32, scale: f32 },
     /// Hard gates, no dropout, no gradients.
     Measure,
+}
+
+/// What the fuser is given in the place of the sharer's cache, to see whether it matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// The sharer's own.
+    None,
+    /// Noise with the same moments.
+    Random { seed: u64 },
 }
 
 /// What a batch gave.
@@ -92,12 +102,6 @@ fn cut(sample: &Sample) -> Result<Cut, Error> {
         found = Some(Cut { fused: range, mask: section.sharer_mask });
     }
     let Some(cut) = found else { return bad("has nothing to fuse before its answer") };
-    if sample.labels[..cut.fused.end].iter().any(|&label| label != IGNORED) {
-        return bad("is to be learned from inside its fused section, which the fuser does not change");
-    }
-    if sample.labelled() == 0 {
-        return bad("has no token to be learned from");
-    }
     Ok(cut)
 }
 
@@ -139,11 +143,20 @@ impl PairTrainer {
 
     /// Whether this trainer can learn from the sample.
     pub fn check(sample: &Sample) -> Result<(), Error> {
-        cut(sample).map(|_| ())
+        let bad = |problem: &str| Err(Error::Sample { origin: sample.origin.clone(), problem: problem.into() });
+        let cut = cut(sample)?;
+        if sample.labels[..cut.fused.end].iter().any(|&label| label != IGNORED) {
+            return bad("is to be learned from inside its fused section, which the fuser does not change");
+        }
+        if sample.labelled() == 0 {
+            return bad("has no token to be learned from");
+        }
+        Ok(())
     }
 
     /// Runs a batch; with [`Run::Learn`] all gradients grow.
     pub fn run(&mut self, samples: &[&Sample], run: Run) -> Result<BatchReport, Error> {
+        samples.iter().try_for_each(|sample| PairTrainer::check(sample))?;
         let cuts = samples.iter().map(|sample| cut(sample)).collect::<Result<Vec<Cut>, _>>()?;
         let queue = self.queue.clone();
         let begin = queue.record();
@@ -207,6 +220,41 @@ impl PairTrainer {
         })
     }
 
+    /// The receiver's logits `[vocab]` after a prompt that is fused as at inference.
+    pub fn logits(&mut self, prompt: &Sample, control: Control) -> Result<Vec<f32>, Error> {
+        let queue = self.queue.clone();
+        let cut = cut(prompt)?;
+        self.read_sharers(&[prompt])?;
+        if let Control::Random { seed } = control {
+            self.randomise_sharers(seed)?;
+        }
+        let receiver = self.receiver.clone();
+        self.receiver_cache.begin(&queue, &receiver, &[prompt.tokens()])?;
+        let end = cut.fused.end;
+        self.receiver_cache.prefill(&queue, &receiver, &[piece(prompt, 0..end)])?;
+        self.fuse(&[prompt], &[cut], Run::Measure)?;
+        self.receiver_cache.logits(&queue, &receiver, &[piece(prompt, end..prompt.tokens())])
+    }
+
+    /// Puts normal numbers of the same mean and deviation in the place of every layer's keys and values.
+    fn randomise_sharers(&mut self, seed: u64) -> Result<(), Error> {
+        for cache in &mut self.sharer_caches {
+            let slots: Vec<u32> = cache.slots.iter().flatten().copied().collect();
+            for layer in 0..cache.kv.layers().len() {
+                let mut columns = cache.kv.read(&self.queue, layer, &slots)?;
+                for (half, values) in [&mut columns.keys, &mut columns.values].into_iter().enumerate() {
+                    let n = values.len().max(1) as f32;
+                    let mean = values.iter().sum::<f32>() / n;
+                    let deviation = (values.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / n).sqrt();
+                    let noise = normal(seed, (2 * layer + half) as u32, values.len());
+                    values.iter_mut().zip(noise).for_each(|(x, noise)| *x = mean + deviation * noise);
+                }
+                cache.kv.write(&self.queue, layer, &slots, &columns)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Fills the sharers' caches; the number of tokens they read.
     fn read_sharers(&mut self, samples: &[&Sample]) -> Result<usize, Error> {
         let mut tokens = 0;
@@ -228,7 +276,7 @@ impl PairTrainer {
 
     /// The memory of the last pass where it is large enough.
     fn pass_for(&mut self, tokens: usize, labels: usize, context: usize) -> Result<TrainingPass, Error> {
-        match self.pass.take().filter(|pass| pass.fits(tokens, context)) {
+        match self.pass.take().filter(|pass| pass.fits(tokens, labels, context)) {
             Some(pass) => Ok(pass),
             None => {
                 let (config, precision) = (&self.receiver.config, self.receiver.precision);

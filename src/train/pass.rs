@@ -178,9 +178,12 @@ impl TrainingPass {
         })
     }
 
-    /// Whether there is room for `tokens` tokens in sequences of up to `context`.
-    pub fn fits(&self, tokens: usize, context: usize) -> bool {
-        tokens <= self.tokens && context <= self.context
+    /// Whether there is room for `tokens` tokens, `labels` of them learned from, in sequences of up to `context`.
+    pub fn fits(&self, tokens: usize, labels: usize, context: usize) -> bool {
+        let chunk = self.loss.hidden.rows();
+        // Labels are taken chunk by chunk, but tiny chunks are slow.
+        let enough = labels <= chunk || 2 * chunk * self.loss.logits.row_len() >= LOGITS;
+        tokens <= self.tokens && context <= self.context && enough
     }
 
     /// Bytes of [`TrainingPass::new`], for the plan.

@@ -64,7 +64,7 @@ fn shifted(ids: &[u32], start: usize) -> Vec<u32> {
 
 /// The prompt with everything from token `start` on, and the token before it, in one last section that is not fused: the
 /// token before the answer is the first to be learned from.
-fn unfused_from(mut aligned: AlignedPrompt, start: usize) -> Prompt {
+pub(super) fn unfused_from(mut aligned: AlignedPrompt, start: usize) -> Prompt {
     let (keep, total) = (start - 1, aligned.receiver_ids.len());
     let mut at = 0;
     let mut sections = Vec::new();

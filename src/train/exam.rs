@@ -1,0 +1,186 @@
+//! Accuracy on multiple choice questions: the letter whose logit is highest after the response text.
+//!
+//! One question at a time, so that times are those of an answer.
+
+use super::{BatchCache, Control, Error, PairTrainer, Piece, Sample};
+use crate::{
+    align::{Aligner, Alignment, ChatOptions},
+    backend::{DType, Queue},
+    data::{Example, PromptStyle, templates},
+    engine::SamplingParams,
+    ops::IGNORED,
+    pipeline::{Lane, Model, Prompt, Stream, generate, t2t},
+    tokenizer::{Message, TemplateOptions, Tokenizer},
+};
+use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
+
+/// Tokens that the sharer may write in text-to-text.
+const BACKGROUND: usize = 64;
+/// Tokens of a block of its caches.
+const BLOCK_SIZE: usize = 16;
+
+/// A question as it is asked.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// The user's message.
+    pub text: String,
+    pub choices: usize,
+    pub answer: usize,
+    /// What every answer begins with.
+    pub response: &'static str,
+    pub subject: Option<String>,
+    pub origin: String,
+}
+
+/// Who answered, and how well.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    pub mode: String,
+    pub correct: usize,
+    pub questions: usize,
+    /// Mean time to the letter.
+    pub ms: f64,
+}
+
+impl Score {
+    pub fn accuracy(&self) -> f64 {
+        self.correct as f64 / self.questions.max(1) as f64
+    }
+}
+
+/// Questions to be answered.
+pub struct Exam {
+    pub questions: Vec<Question>,
+}
+
+impl Exam {
+    /// Those of `examples` that are multiple choice questions, asked in `style`.
+    pub fn new<'a>(examples: impl IntoIterator<Item = (&'a Example, PromptStyle)>) -> Exam {
+        let questions = examples.into_iter().filter_map(|(example, style)| {
+            let question = example.question.as_ref()?;
+            Some(Question {
+                text: style.prompt(question),
+                choices: question.choices.len(),
+                answer: question.answer,
+                response: style.response(),
+                subject: example.subject.clone(),
+                origin: example.origin.to_string(),
+            })
+        });
+        Exam { questions: questions.collect() }
+    }
+
+    /// Asks every question of `answer`, which returns the logits of a model with this tokenizer.
+    fn score(
+        &self,
+        mode: &str,
+        tokenizer: &Tokenizer,
+        mut answer: impl FnMut(usize, &Question) -> Result<Vec<f32>, Error>,
+    ) -> Result<Score, Error> {
+        let (mut correct, mut spent) = (0, Duration::ZERO);
+        for (index, question) in self.questions.iter().enumerate() {
+            let letters = templates::letter_tokens(tokenizer, question.choices)?;
+            let start = Instant::now();
+            let logits = answer(index, question)?;
+            spent += start.elapsed();
+            let scores = letters.iter().map(|&token| logits[token as usize]);
+            let best = scores.enumerate().fold((0, f32::NEG_INFINITY), |best, next| if next.1 > best.1 { next } else { best });
+            correct += usize::from(best.0 == question.answer);
+        }
+        let questions = self.questions.len();
+        let ms = spent.as_secs_f64() * 1e3 / questions.max(1) as f64;
+        Ok(Score { mode: mode.into(), correct, questions, ms })
+    }
+
+    /// One model alone.
+    pub fn alone(&self, mode: &str, model: &Model, queue: &Queue, kv: DType) -> Result<Score, Error> {
+        let tokenizer = tokenizer(model)?;
+        let aligner = Aligner::new(tokenizer, &[], Alignment::Span)?;
+        let mut cache = BatchCache::new(queue, &model.decoder, kv)?;
+        self.score(mode, tokenizer, |_, question| {
+            let prompt = asked(&aligner, &[Message::new("user", &question.text)], question)?;
+            last_logits(&mut cache, queue, model, &prompt)
+        })
+    }
+
+    /// The receiver with the fusers of `pair` as they are. `swap`: each question with the sharers' caches of the next one.
+    pub fn c2c(
+        &self,
+        mode: &str,
+        pair: &mut PairTrainer,
+        aligner: &Aligner,
+        receiver: &Tokenizer,
+        swap: bool,
+        control: Control,
+    ) -> Result<Score, Error> {
+        let prompt = |index: usize| {
+            let question = &self.questions[index];
+            asked(aligner, &[Message::new("user", &question.text)], question)
+        };
+        self.score(mode, receiver, |index, question| {
+            let mut own = prompt(index)?;
+            if swap {
+                let other = prompt((index + 1) % self.questions.len())?;
+                for (own, other) in own.sharers.iter_mut().zip(other.sharers) {
+                    let last = other.ids.len().saturating_sub(1) as u32;
+                    own.columns.iter_mut().flatten().for_each(|column| *column = last.min(*column));
+                    (own.ids, own.positions) = (other.ids, other.positions);
+                }
+            }
+            let labels = vec![IGNORED; own.ids.len()];
+            pair.logits(&Sample { prompt: own, labels, origin: question.origin.clone() }, control)
+        })
+    }
+
+    /// Text-to-text: the sharer writes what it knows, the receiver reads it and answers.
+    pub fn t2t(&self, receiver: &Model, sharer: &Model, queue: &Queue, kv: DType) -> Result<Score, Error> {
+        let (ours, theirs) = (tokenizer(receiver)?, tokenizer(sharer)?);
+        let aligner = Aligner::new(ours, &[], Alignment::Span)?;
+        let mut cache = BatchCache::new(queue, &receiver.decoder, kv)?;
+        let mut params = SamplingParams { max_new_tokens: BACKGROUND, ..SamplingParams::default() };
+        params.eos.extend(&theirs.special().eos);
+        self.score("t2t", ours, |_, question| {
+            let template = TemplateOptions {
+                add_generation_prompt: true,
+                enable_thinking: Some(false),
+                ..TemplateOptions::default()
+            };
+            let text = theirs.render(&t2t::ask(&question.text), &template)?;
+            let ids = theirs.encode(&text, false)?.ids;
+            let positions: Vec<u32> = (0..ids.len() as u32).collect();
+            let room = ids.len() + BACKGROUND;
+            let (config, backend) = (&sharer.decoder.config, queue.backend());
+            let pages = config.paged_kv(backend, room.div_ceil(BLOCK_SIZE), BLOCK_SIZE, kv)?;
+            let mut lane = Lane::new(sharer.decoder.clone(), queue.clone(), pages, room)?;
+            lane.append(&ids, &positions, crate::model::Goal::Hidden, |_, _| {})?;
+            let logits = lane.logits()?;
+            let stream = Stream { detokenizer: Some(theirs.detokenizer()), on_text: &mut |_| {}, keep_scores: false };
+            let written = generate(&mut lane, logits, &params, stream)?.text;
+            let messages = t2t::answer(&question.text, written.trim());
+            let prompt = asked(&aligner, &messages, question)?;
+            last_logits(&mut cache, queue, receiver, &prompt)
+        })
+    }
+}
+
+fn tokenizer(model: &Model) -> Result<&Tokenizer, Error> {
+    model.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer { model: model.path.clone() })
+}
+
+/// The conversation with the answer begun.
+fn asked(aligner: &Aligner, messages: &[Message], question: &Question) -> Result<Prompt, Error> {
+    let mut messages = messages.to_vec();
+    messages.push(Message::new("assistant", question.response));
+    let template = TemplateOptions { enable_thinking: Some(false), ..TemplateOptions::default() };
+    let aligned = aligner.chat(&messages, &ChatOptions { template, open_last: true })?;
+    let last = messages.len() - 1;
+    let start = aligned.segments.iter().find(|segment| segment.message == Some(last));
+    let start = start.map_or(aligned.receiver_ids.len(), |segment| segment.receiver.start);
+    Ok(super::sample::unfused_from(aligned, start.max(1)))
+}
+
+fn last_logits(cache: &mut BatchCache, queue: &Queue, model: &Model, prompt: &Prompt) -> Result<Vec<f32>, Error> {
+    cache.begin(queue, &model.decoder, &[prompt.ids.len()])?;
+    cache.logits(queue, &model.decoder, &[Piece { ids: &prompt.ids, positions: &prompt.positions }])
+}

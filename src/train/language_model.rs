@@ -1,0 +1,153 @@
+//! Training all weights of one language model.
+
+use super::{BatchCache, BatchReport, Error, Kept, Labels, Parameters, Piece, Recompute, Sample, TrainingPass, gradient_pages};
+use crate::{
+    backend::{DType, Event, Precision, Queue},
+    durable::{OutgoingTensor, write_safetensors},
+    model::{self, Decoder, ModelConfig, Role, Weights},
+    ops::{self, IGNORED, KvPages},
+    rng::normal,
+};
+use safetensors::Dtype;
+use std::{path::Path, sync::Arc};
+
+/// Standard deviation of new matrices, transformers' default.
+const INITIAL: f32 = 0.02;
+
+/// A model whose weights are learned, in f32.
+pub struct ModelTrainer {
+    pub queue: Queue,
+    pub decoder: Arc<Decoder>,
+    pub parameters: Parameters,
+    pub recompute: Recompute,
+    grads: Weights,
+    cache: BatchCache,
+    pass: Option<TrainingPass>,
+    gradients: Option<KvPages>,
+}
+
+impl ModelTrainer {
+    /// Goes on from `weights`, of any dtype.
+    pub fn new(queue: Queue, config: ModelConfig, weights: &Weights, recompute: Recompute) -> Result<Self, Error> {
+        Self::with(queue, config, recompute, |queue, parameters, config| {
+            let tensors = weights.tensors(config).into_iter().enumerate();
+            tensors.into_iter().try_for_each(|(index, tensor)| parameters.set(queue, index, tensor))
+        })
+    }
+
+    /// From nothing: matrices are normal with a deviation of 0.02, norms 1, biases 0.
+    pub fn init(queue: Queue, config: ModelConfig, seed: u64, recompute: Recompute) -> Result<Self, Error> {
+        Self::with(queue, config, recompute, |queue, parameters, config| {
+            for (index, parameter) in model::parameters(config).iter().enumerate() {
+                let view = parameters.view(Kept::Weights, index);
+                let values = match parameter.role {
+                    Role::Norm => vec![1.0 - config.norm_offset; view.elements()],
+                    Role::Bias => vec![0.0; view.elements()],
+                    Role::Matrix => {
+                        let values = normal(seed, index as u32, view.elements());
+                        values.into_iter().map(|x| INITIAL * x).collect()
+                    }
+                };
+                queue.upload(&values, &view);
+            }
+            Ok(())
+        })
+    }
+
+    fn with(
+        queue: Queue,
+        config: ModelConfig,
+        recompute: Recompute,
+        fill: impl FnOnce(&Queue, &Parameters, &ModelConfig) -> Result<(), Error>,
+    ) -> Result<Self, Error> {
+        let list = model::parameters(&config).into_iter().map(|parameter| (parameter.name, parameter.shape));
+        let parameters = Parameters::new(&queue, list.collect())?;
+        fill(&queue, &parameters, &config)?;
+        let view = |kept: Kept| {
+            let mut number = 0..;
+            Weights::assemble(&config, |_| Ok::<_, Error>(parameters.view(kept, number.next().unwrap_or_default())))
+        };
+        let (weights, grads) = (view(Kept::Weights)?, view(Kept::Grad)?);
+        let decoder = Arc::new(Decoder { config, weights, precision: Precision::F32 });
+        let cache = BatchCache::new(&queue, &decoder, DType::F32)?;
+        Ok(ModelTrainer { queue, decoder, parameters, recompute, grads, cache, pass: None, gradients: None })
+    }
+
+    /// Runs a batch; with `learn` (a factor of the gradient of its mean loss) all gradients grow.
+    pub fn run(&mut self, samples: &[&Sample], learn: Option<f32>) -> Result<BatchReport, Error> {
+        let (queue, decoder) = (self.queue.clone(), self.decoder.clone());
+        let lengths: Vec<usize> = samples.iter().map(|sample| sample.tokens()).collect();
+        let begin = queue.record();
+        self.cache.begin(&queue, &decoder, &lengths)?;
+        let pieces: Vec<Piece> = samples
+            .iter()
+            .map(|sample| Piece { ids: &sample.prompt.ids, positions: &sample.prompt.positions })
+            .collect();
+        let batch = self.cache.append(&queue, &decoder, &pieces)?;
+        let labels = samples.iter().flat_map(|sample| &sample.labels);
+        let (rows, labels): (Vec<u32>, Vec<u32>) =
+            (0u32..).zip(labels.copied()).filter(|(_, label)| *label != IGNORED).unzip();
+        let context = batch.max_blocks * self.cache.kv.block_size();
+        let pass = match self.pass.take().filter(|pass| pass.fits(batch.tokens, rows.len(), context)) {
+            Some(pass) => pass,
+            None => TrainingPass::new(
+                &queue,
+                &decoder.config,
+                decoder.precision,
+                batch.tokens,
+                rows.len(),
+                context,
+                self.recompute,
+            )?,
+        };
+        let pages = self.cache.kv.layers();
+        pass.forward(&queue, &decoder, &batch, pages)?;
+        let forward = queue.record();
+        let scale = learn.unwrap_or(0.0) / labels.len().max(1) as f32;
+        let labels = Labels { rows: &rows, labels: &labels, scale };
+        let losses = pass.loss(&queue, &decoder, batch.tokens, labels, Some(&self.grads), learn.is_some())?;
+        let judged = queue.record();
+        if learn.is_some() {
+            let dkv = match self.gradients.take().filter(|dkv| dkv.blocks() == pages[0].blocks()) {
+                Some(dkv) => dkv,
+                None => gradient_pages(queue.backend(), &pages[0])?,
+            };
+            let zeroed = |_| {
+                ops::zero(&queue, &dkv.keys)?;
+                ops::zero(&queue, &dkv.values)?;
+                Ok(dkv.clone())
+            };
+            pass.backward(&queue, &decoder, &batch, pages, Some(&self.grads), 0, zeroed, |_| Ok(()))?;
+            self.gradients = Some(dkv);
+        }
+        self.pass = Some(pass);
+        let end = queue.record();
+        queue.synchronize()?;
+        let spent = |to: &Event, from: &Event| to.elapsed_since(from).unwrap_or_default();
+        let mut report = BatchReport {
+            loss: losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / losses.len().max(1) as f64,
+            labels: losses.len(),
+            receiver_tokens: lengths.iter().sum(),
+            ..BatchReport::default()
+        };
+        report.phases.receiver = spent(&forward, &begin);
+        report.phases.loss = spent(&judged, &forward);
+        report.phases.backward = spent(&end, &judged);
+        Ok(report)
+    }
+
+    /// Writes `model.safetensors` in bf16, with transformers' names, into `folder`.
+    pub fn save(&self, folder: &Path) -> Result<(), Error> {
+        let tensors = self.parameters.entries().iter().enumerate().map(|(index, entry)| OutgoingTensor {
+            name: entry.name.clone(),
+            dtype: Dtype::BF16,
+            shape: entry.shape.clone(),
+            bytes: Box::new(move || {
+                let values = self.queue.download_f32(&self.parameters.view(Kept::Weights, index))?;
+                Ok::<_, Error>(values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect())
+            }),
+        });
+        let tensors: Vec<OutgoingTensor<Error>> = tensors.collect();
+        write_safetensors(&folder.join("model.safetensors"), &[("format", "pt")], &tensors)
+    }
+}
