@@ -21,8 +21,10 @@ fn update(step: u64) -> Record {
     })
 }
 
+type Fields = Vec<(u64, Vec<u8>)>;
+
 /// The fields of a protobuf message: number and content (varints and fixed numbers as their bits).
-fn fields(mut bytes: &[u8]) -> Vec<(u64, Vec<u8>)> {
+fn fields(mut bytes: &[u8]) -> Fields {
     fn varint(bytes: &mut &[u8]) -> u64 {
         let mut value = 0;
         for shift in (0..).step_by(7) {
@@ -68,7 +70,7 @@ fn masked(data: &[u8]) -> u32 {
 }
 
 /// The events of all event files of a folder, checksums checked.
-fn event_files(folder: &Path) -> Vec<Vec<Vec<(u64, Vec<u8>)>>> {
+fn event_files(folder: &Path) -> Vec<Vec<Fields>> {
     let names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let mut paths: Vec<_> = names.filter(|path| path.to_string_lossy().contains("tfevents")).collect();
     paths.sort();

@@ -145,6 +145,9 @@ pub fn schedule(updates: &[Update]) -> Result<String, FigureError> {
     })
 }
 
+/// Which of a layer's two.
+type Logit = fn(&GateStrength) -> f32;
+
 /// A row for keys, one for values, a column for each receiver layer: blue where open, grey where closed, stronger the
 /// larger the logit.
 pub fn gates(gates: &[GateStrength]) -> Result<String, FigureError> {
@@ -157,8 +160,7 @@ pub fn gates(gates: &[GateStrength]) -> Result<String, FigureError> {
         .fold(f32::MIN_POSITIVE, |largest, logit| largest.max(logit.abs()));
     drawn(width.max(240) as u32, (top + 2 * size + 52) as u32, |area| {
         let text = TextStyle::from(TEXT).color(&INK);
-        let rows: [(&str, fn(&GateStrength) -> f32); 2] =
-            [("keys", |gate| gate.key_logit), ("values", |gate| gate.value_logit)];
+        let rows: [(&str, Logit); 2] = [("keys", |gate| gate.key_logit), ("values", |gate| gate.value_logit)];
         for (row, (name, logit)) in (0..).zip(rows) {
             let y = top + row * size;
             area.draw(&Text::new(name, (12, y + size / 2 - 7), text.clone()))?;
