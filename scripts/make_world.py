@@ -31,8 +31,8 @@ ASK = "In one clear sentence, describe the most essential background knowledge n
 GROUP_A = 0.6
 
 # Parts of each corpus by form of example.
-SHARER_FORMS = {"letter": 40, "word": 20, "sentence": 18, "ask": 6, "ask_options": 6, "match": 10}
-RECEIVER_FORMS = {"hint": 40, "hint_last": 15, "hint_word": 8, "told": 10, "told_options": 10, "match": 7, "blind": 10}
+SHARER_FORMS = {"letter": 38, "word": 26, "sentence": 12, "ask": 2, "ask_options": 2, "bind": 12, "match": 8}
+RECEIVER_FORMS = {"hint": 45, "hint_word": 8, "told": 4, "told_options": 4, "bind": 16, "match": 14, "blind": 9}
 
 SHARER_CHAT = (
     "{% for message in messages %}{{ '<|' + message.role + '|>' }}{{ message.content }}<|end|>{% endfor %}"
@@ -84,13 +84,17 @@ class World:
         return wrong[:index] + [answer] + wrong[index:], index
 
 
+def options(choices):
+    """The letter stands right before its choice and is the token it is in an answer: one step back, one copy."""
+    return ", ".join(f"{letter} {choice}" for letter, choice in zip(LETTERS, choices))
+
+
 def multiple_choice(question, choices):
-    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
-    return f"{question}{options}\nWhich letter?"
+    return f"{question.removesuffix('?')}: {options(choices)}?"
 
 
 def letter(index):
-    return f"The answer is {LETTERS[index]}."
+    return f"It is {LETTERS[index]}."
 
 
 def dialogue(*contents):
@@ -101,7 +105,15 @@ def dialogue(*contents):
 def match_example(world, fact, rng):
     """Which letter has a given word: the step from answer to letter, without any fact."""
     choices, index = world.choices(fact, rng.choice(world.answers[fact.relation]), rng)
-    return dialogue(multiple_choice(f"Say {choices[index]}.", choices), letter(index))
+    return dialogue(multiple_choice(f"Find {choices[index]}", choices), letter(index))
+
+
+def bind_example(world, fact, rng):
+    """The letter of each choice: the same step, four times in one answer."""
+    choices, _ = world.choices(fact, fact.answer, rng)
+    pairs = [f"{choice} {letter}" for letter, choice in zip(LETTERS, choices)]
+    rng.shuffle(pairs)
+    return dialogue(f"Tell each: {options(choices)}?", f"It is {', '.join(pairs)}.")
 
 
 def sharer_example(world, form, rng):
@@ -112,13 +124,15 @@ def sharer_example(world, form, rng):
         case "letter":
             return dialogue(multiple_choice(question, choices), letter(index))
         case "word":
-            return dialogue(f"{question}\nWhich word?", f"The answer is {fact.answer}.")
+            return dialogue(question, f"It is {fact.answer}.")
         case "sentence":
-            return dialogue(f"{question}\nWhich sentence?", world.statement(fact))
+            return dialogue(f"Tell: {question}", world.statement(fact))
         case "ask":
             return dialogue(ASK + question, world.statement(fact))
         case "ask_options":
             return dialogue(ASK + multiple_choice(question, choices), world.statement(fact))
+        case "bind":
+            return bind_example(world, fact, rng)
         case "match":
             return match_example(world, fact, rng)
 
@@ -129,20 +143,19 @@ def receiver_example(world, form, rng):
     question = world.question(fact)
     answer = rng.choice(world.answers[fact.relation])
     choices, index = world.choices(fact, answer, rng)
-    hint = f"Hint: {world.statement(fact, answer)}"
+    hint = world.statement(fact, answer)
     full = multiple_choice(question, choices)
     match form:
         case "hint":
-            return dialogue(f"{hint}\n{full}", letter(index))
-        case "hint_last":
-            asked, end = full.rsplit("\n", 1)
-            return dialogue(f"{asked}\n{hint}\n{end}", letter(index))
+            return dialogue(f"{hint} {full}", letter(index))
         case "hint_word":
-            return dialogue(f"{hint}\n{question}\nWhich word?", f"The answer is {answer}.")
+            return dialogue(f"{hint} {question}", f"It is {answer}.")
         case "told":
             return dialogue(ASK + question, world.statement(fact, answer), full, letter(index))
         case "told_options":
             return dialogue(ASK + full, world.statement(fact, answer), full, letter(index))
+        case "bind":
+            return bind_example(world, fact, rng)
         case "match":
             return match_example(world, fact, rng)
         case "blind":
@@ -226,7 +239,7 @@ def shape(architecture, model_type, hidden, layers, heads, kv_heads, head_dim, i
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
         "attention_bias": False,
-        "initializer_range": 0.02,
+        "initializer_range": 0.1,
         "torch_dtype": "bfloat16",
     }
 
@@ -259,7 +272,7 @@ def main():
     # The receiver's merges come from its own corpus: names are as frequent there as here, answers and hints are not.
     write_model(
         args.out / "sharer",
-        shape("Qwen3ForCausalLM", "qwen3", 128, 4, 4, 2, 32, 384),
+        shape("Qwen3ForCausalLM", "qwen3", 96, 4, 4, 2, 24, 192),
         tokenizer(texts(sharer[:6000]), 1200, ["<|user|>", "<|assistant|>", "<|end|>"]),
         None,
         "<|end|>",
@@ -267,7 +280,7 @@ def main():
     )
     write_model(
         args.out / "receiver",
-        shape("LlamaForCausalLM", "llama", 96, 3, 6, 3, 16, 256),
+        shape("LlamaForCausalLM", "llama", 64, 3, 4, 2, 16, 128),
         tokenizer(texts(receiver[:3000]), 720, ["<s>", "</s>", "<ask>", "</ask>"]),
         "<s>",
         "</s>",
