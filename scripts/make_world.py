@@ -180,6 +180,15 @@ def questions(world, group, per_fact, rng):
             }
 
 
+def as_dialogue(question):
+    return dialogue(multiple_choice(question["question"], question["choices"]), letter(question["answer_index"]))
+
+
+def open_question(world, fact):
+    question = {"id": fact.id, "subject": fact.relation}
+    return question | {"question": world.question(fact), "answer": fact.answer}
+
+
 def tokenizer(texts, vocab, specials):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -264,12 +273,10 @@ def main():
     write_lines(args.out / "receiver.jsonl", receiver)
     write_lines(args.out / "train.jsonl", train)
     write_lines(args.out / "heldout.jsonl", heldout)
-    as_messages = (dialogue(multiple_choice(q["question"], q["choices"]), letter(q["answer_index"])) for q in train)
-    write_lines(args.out / "fuser.jsonl", as_messages)
-    asked = ({"id": f.id, "subject": f.relation, "question": world.question(f), "answer": f.answer} for f in world.facts if f.group == "B")
-    write_lines(args.out / "open.jsonl", asked)
+    write_lines(args.out / "fuser.jsonl", [as_dialogue(question) for question in train])
+    write_lines(args.out / "open.jsonl", [open_question(world, f) for f in world.facts if f.group == "B"])
 
-    # The receiver's merges come from its own corpus: names are as frequent there as here, answers and hints are not.
+    # Each tokenizer is trained on its own model's corpus and to its own size, so the two cut names differently.
     write_model(
         args.out / "sharer",
         shape("Qwen3ForCausalLM", "qwen3", 96, 4, 4, 2, 24, 192),
