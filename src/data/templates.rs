@@ -70,7 +70,8 @@ pub fn plain(question: &str, choices: &[String]) -> String {
 
 /// "Which one: A this, B that?"
 pub fn line(question: &str, choices: &[String]) -> String {
-    let choices: Vec<String> = choices.iter().zip('A'..='Z').map(|(text, letter)| format!("{letter} {text}")).collect();
+    let choices: Vec<String> =
+        choices.iter().zip('A'..='Z').map(|(text, letter)| format!("{letter} {text}")).collect();
     format!("{}: {}?", question.trim_end_matches('?'), choices.join(", "))
 }
 

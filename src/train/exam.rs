@@ -85,7 +85,9 @@ impl Exam {
             let logits = answer(index, question)?;
             spent += start.elapsed();
             let scores = letters.iter().map(|&token| logits[token as usize]);
-            let best = scores.enumerate().fold((0, f32::NEG_INFINITY), |best, next| if next.1 > best.1 { next } else { best });
+            let best = scores
+                .enumerate()
+                .fold((0, f32::NEG_INFINITY), |best, next| if next.1 > best.1 { next } else { best });
             correct += usize::from(best.0 == question.answer);
         }
         let questions = self.questions.len();
@@ -155,7 +157,8 @@ impl Exam {
             let mut lane = Lane::new(sharer.decoder.clone(), queue.clone(), pages, room)?;
             lane.append(&ids, &positions, crate::model::Goal::Hidden, |_, _| {})?;
             let logits = lane.logits()?;
-            let stream = Stream { detokenizer: Some(theirs.detokenizer()), on_text: &mut |_| {}, keep_scores: false };
+            let stream =
+                Stream { detokenizer: Some(theirs.detokenizer()), on_text: &mut |_| {}, keep_scores: false };
             let written = generate(&mut lane, logits, &params, stream)?.text;
             let messages = t2t::answer(&question.text, written.trim());
             let prompt = asked(&aligner, &messages, question)?;
@@ -180,7 +183,12 @@ fn asked(aligner: &Aligner, messages: &[Message], question: &Question) -> Result
     Ok(super::sample::unfused_from(aligned, start.max(1)))
 }
 
-fn last_logits(cache: &mut BatchCache, queue: &Queue, model: &Model, prompt: &Prompt) -> Result<Vec<f32>, Error> {
+fn last_logits(
+    cache: &mut BatchCache,
+    queue: &Queue,
+    model: &Model,
+    prompt: &Prompt,
+) -> Result<Vec<f32>, Error> {
     cache.begin(queue, &model.decoder, &[prompt.ids.len()])?;
     cache.logits(queue, &model.decoder, &[Piece { ids: &prompt.ids, positions: &prompt.positions }])
 }

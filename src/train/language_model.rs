@@ -1,6 +1,9 @@
 //! Training all weights of one language model.
 
-use super::{BatchCache, BatchReport, Error, Kept, Labels, Parameters, Piece, Recompute, Sample, TrainingPass, gradient_pages};
+use super::{
+    BatchCache, BatchReport, Error, Kept, Labels, Parameters, Piece, Recompute, Sample, TrainingPass,
+    gradient_pages,
+};
 use crate::{
     backend::{DType, Event, Precision, Queue},
     durable::{OutgoingTensor, write_safetensors},
@@ -28,7 +31,12 @@ pub struct ModelTrainer {
 
 impl ModelTrainer {
     /// Goes on from `weights`, of any dtype.
-    pub fn new(queue: Queue, config: ModelConfig, weights: &Weights, recompute: Recompute) -> Result<Self, Error> {
+    pub fn new(
+        queue: Queue,
+        config: ModelConfig,
+        weights: &Weights,
+        recompute: Recompute,
+    ) -> Result<Self, Error> {
         Self::with(queue, config, recompute, |queue, parameters, config| {
             let tensors = weights.tensors(config).into_iter().enumerate();
             tensors.into_iter().try_for_each(|(index, tensor)| parameters.set(queue, index, tensor))
@@ -65,7 +73,9 @@ impl ModelTrainer {
         fill(&queue, &parameters, &config)?;
         let view = |kept: Kept| {
             let mut number = 0..;
-            Weights::assemble(&config, |_| Ok::<_, Error>(parameters.view(kept, number.next().unwrap_or_default())))
+            Weights::assemble(&config, |_| {
+                Ok::<_, Error>(parameters.view(kept, number.next().unwrap_or_default()))
+            })
         };
         let (weights, grads) = (view(Kept::Weights)?, view(Kept::Grad)?);
         let decoder = Arc::new(Decoder { config, weights, precision: Precision::F32 });

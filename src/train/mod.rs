@@ -1,15 +1,105 @@
-//! Training, apart from its arithmetic: what is asked for ([`config`], [`recipe`]), how rates change over a run
-//! ([`schedule`]), and what it leaves to look at ([`events`], [`report`]).
+//! Training: the road of an answer with one lane back.
+//!
+//! ```text
+//! messages ─ sample ─ both prefills ─ fuse ─ answer tokens ─ loss
+//!                                      │          │
+//!             AdamW ─ fuser backward ──┴─ dK, dV ─┴─ receiver backward
+//! ```
+//!
+//! [`config`] says what is asked for, [`run`] does it; [`events`] and [`report`] are what it leaves to look at.
 
+mod batch_cache;
+mod checkpoint;
 pub mod config;
 pub mod events;
+pub mod exam;
 mod figures;
+mod language_model;
+mod pair;
+mod parameters;
+mod pass;
 pub mod recipe;
 pub mod report;
+pub mod run;
+mod sample;
 pub mod schedule;
 pub mod tensorboard;
+mod trained_fuser;
 
+pub use batch_cache::{BatchCache, Piece};
 pub use config::{ConfigError, ConfigLayers, TrainConfig};
 pub use events::{Evaluation, Record, RunLog, Update};
+pub use language_model::ModelTrainer;
+pub use pair::{BatchReport, Control, PairTrainer, Phases, Run};
+pub use parameters::{Adamw, Entry, Kept, Parameters};
+pub use pass::{Labels, Recompute, TrainingPass, gradient_pages};
 pub use report::{AccuracyRow, GateStrength, Report};
+pub use sample::Sample;
 pub use schedule::{Annealing, LearningRate, Schedule};
+pub use trained_fuser::{DrawnNoise, FuseRequest, FusedColumns, Gate, GateNoise, TrainedFuser};
+
+use crate::{align, backend, cache, data, durable, engine, fuser, model, ops, pipeline, tokenizer};
+use std::path::PathBuf;
+
+/// Why training stopped, or did not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{parameters} trained parameters are more than one run can hold ({})", u32::MAX)]
+    TooManyParameters { parameters: usize },
+    #[error("{origin} {problem}")]
+    Sample { origin: String, problem: String },
+    #[error(
+        "{origin} has {tokens} tokens, more than length.max_length = {most}: raise it, or set length.too_long to skip or truncate"
+    )]
+    TooLong { origin: String, tokens: usize, most: usize },
+    #[error("no sample is left to learn from")]
+    NoSamples,
+    #[error("{what} is not built yet")]
+    NotBuilt { what: &'static str },
+    #[error("{device} cannot train: use --device cpu")]
+    NoTraining { device: String },
+    #[error("{}: it has no tokenizer, which training needs", model.display())]
+    NoTokenizer { model: PathBuf },
+    #[error(
+        "loss or gradient at update {step} is not a number{}: the state before it was saved to {}; resume from there with a lower learning rate",
+        layer.map_or(String::new(), |layer| format!(", first in what layer {layer} of the receiver gives")),
+        saved.display()
+    )]
+    NotFinite { step: u64, layer: Option<usize>, saved: PathBuf },
+    #[error("{}: {problem}", path.display())]
+    State { path: PathBuf, problem: String },
+    #[error("the data is not what the run began with (its SHA-256 differs): begin a new run")]
+    OtherData,
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Data(#[from] data::LoadError),
+    #[error(transparent)]
+    Letters(#[from] data::templates::LetterError),
+    #[error(transparent)]
+    Log(#[from] events::LogError),
+    #[error(transparent)]
+    Report(#[from] report::ReportError),
+    #[error(transparent)]
+    Write(#[from] durable::WriteError),
+    #[error(transparent)]
+    Pipeline(#[from] pipeline::Error),
+    #[error(transparent)]
+    Sampling(#[from] engine::SamplingError),
+    #[error(transparent)]
+    Tokenizer(#[from] tokenizer::Error),
+    #[error(transparent)]
+    Contract(#[from] fuser::ContractError),
+    #[error(transparent)]
+    Align(#[from] align::Error),
+    #[error(transparent)]
+    Fuser(#[from] fuser::FuserError),
+    #[error(transparent)]
+    Model(#[from] model::Error),
+    #[error(transparent)]
+    Cache(#[from] cache::Error),
+    #[error(transparent)]
+    Shape(#[from] ops::ShapeError),
+    #[error(transparent)]
+    Backend(#[from] backend::Error),
+}

@@ -143,7 +143,8 @@ impl PairTrainer {
 
     /// Whether this trainer can learn from the sample.
     pub fn check(sample: &Sample) -> Result<(), Error> {
-        let bad = |problem: &str| Err(Error::Sample { origin: sample.origin.clone(), problem: problem.into() });
+        let bad =
+            |problem: &str| Err(Error::Sample { origin: sample.origin.clone(), problem: problem.into() });
         let cut = cut(sample)?;
         if sample.labels[..cut.fused.end].iter().any(|&label| label != IGNORED) {
             return bad("is to be learned from inside its fused section, which the fuser does not change");

@@ -1,8 +1,8 @@
 //! A training run from its configuration to its report.
 
 use super::{
-    Adamw, BatchReport, Control, DrawnNoise, Error, GateNoise, ModelTrainer, PairTrainer, Recompute, Run, Sample,
-    TrainConfig, TrainedFuser, TrainingPass,
+    Adamw, BatchReport, Control, DrawnNoise, Error, GateNoise, ModelTrainer, PairTrainer, Recompute, Run,
+    Sample, TrainConfig, TrainedFuser, TrainingPass,
     checkpoint::{self, Position, State, Trained},
     config::{DataSettings, TooLong, What},
     events::{Evaluation, Record, RunLog, Update},
@@ -59,8 +59,17 @@ pub struct Outcome {
 
 /// What is trained, with everything around it.
 enum Trainee {
-    Fuser { pair: Box<PairTrainer>, aligner: Aligner, receiver: Model, sharers: Vec<Model>, training: Training },
-    Model { trainer: Box<ModelTrainer>, tokenizer: Tokenizer },
+    Fuser {
+        pair: Box<PairTrainer>,
+        aligner: Aligner,
+        receiver: Model,
+        sharers: Vec<Model>,
+        training: Training,
+    },
+    Model {
+        trainer: Box<ModelTrainer>,
+        tokenizer: Tokenizer,
+    },
 }
 
 struct Data {
@@ -177,7 +186,8 @@ pub fn run(
             };
             let seconds = spent_before + started.elapsed().as_secs_f64();
             log.add(&Record::Evaluation(Evaluation { step: position.step, loss, accuracy, seconds }))?;
-            let accuracy = accuracy.map_or(String::new(), |accuracy| format!(", accuracy {:.1} %", 100.0 * accuracy));
+            let accuracy =
+                accuracy.map_or(String::new(), |accuracy| format!(", accuracy {:.1} %", 100.0 * accuracy));
             watcher.say(&format!("update {}: held-out loss {loss:.4}{accuracy}", position.step));
             if position.best_loss.is_none_or(|best| loss < best) {
                 (position.best_loss, position.since_best) = (Some(loss), 0);
@@ -276,7 +286,8 @@ impl Data {
                 if !set.rejected.is_empty() {
                     watcher.say(&format!("{}: {}", one.path.display(), set.rejected));
                 }
-                sha256.push(json!({ "path": one.path, "sha256": set.sha256, "examples": set.examples.len() }));
+                sha256
+                    .push(json!({ "path": one.path, "sha256": set.sha256, "examples": set.examples.len() }));
                 all.extend(set.examples.into_iter().map(|example| (example, one.prompt)));
             }
             Ok(all)
@@ -298,7 +309,10 @@ impl Data {
         let samples = tokenised(&mut kept.iter().map(|&index| &examples[index as usize].0))?;
         let held_out_samples = tokenised(&mut held_out.iter().map(|(example, _)| example))?;
         if skipped > 0 {
-            watcher.say(&format!("{skipped} samples are longer than {} tokens: left out", config.length.max_length));
+            watcher.say(&format!(
+                "{skipped} samples are longer than {} tokens: left out",
+                config.length.max_length
+            ));
         }
         if samples.is_empty() {
             return Err(Error::NoSamples);
@@ -319,7 +333,12 @@ struct Batches {
 impl Batches {
     fn new(config: &TrainConfig, _: &[Sample]) -> Batches {
         let samples = config.batch.samples.or(if config.batch.tokens.is_none() { Some(4) } else { None });
-        Batches { samples, tokens: config.batch.tokens, accumulate: config.batch.accumulate, seed: config.seed }
+        Batches {
+            samples,
+            tokens: config.batch.tokens,
+            accumulate: config.batch.accumulate,
+            seed: config.seed,
+        }
     }
 
     fn cut(&self, samples: &[Sample], order: &[u32]) -> Vec<Vec<u32>> {
@@ -386,7 +405,8 @@ impl Trainee {
             return Ok(Trainee::Model { trainer: Box::new(trainer), tokenizer });
         }
         let receiver = load(&config.receiver, precision)?;
-        let sharers = config.sharers.iter().map(|path| load(path, precision)).collect::<Result<Vec<Model>, _>>()?;
+        let sharers =
+            config.sharers.iter().map(|path| load(path, precision)).collect::<Result<Vec<Model>, _>>()?;
         let training = Training {
             dropout: config.fuser.dropout,
             initial_temperature: config.gates.initial_temperature,
@@ -401,10 +421,18 @@ impl Trainee {
                 None => {
                     let f = &config.fuser;
                     let (mine, other) = (receiver.decoder.config.layers, sharer.decoder.config.layers);
-                    let sources: Vec<usize> = f.mapping.sources(mine, other).iter().map(|all| all[0]).collect();
+                    let sources: Vec<usize> =
+                        f.mapping.sources(mine, other).iter().map(|all| all[0]).collect();
                     let (hidden, inner, mapping) = (f.hidden, f.intermediate, f.mapping.into());
-                    let new =
-                        FuserConfig::new(f.kind, hidden, inner, mapping, &sources, ours.clone(), theirs.clone());
+                    let new = FuserConfig::new(
+                        f.kind,
+                        hidden,
+                        inner,
+                        mapping,
+                        &sources,
+                        ours.clone(),
+                        theirs.clone(),
+                    );
                     let new = FuserConfig { num_layers: f.layers, training, ..new };
                     Fuser::init(new, config.seed + number as u64, backend)?
                 }
@@ -479,7 +507,13 @@ impl Trainee {
         }
     }
 
-    fn learn(&mut self, samples: &[&Sample], config: &TrainConfig, step: u32, scale: f32) -> Result<BatchReport, Error> {
+    fn learn(
+        &mut self,
+        samples: &[&Sample],
+        config: &TrainConfig,
+        step: u32,
+        scale: f32,
+    ) -> Result<BatchReport, Error> {
         match self {
             Trainee::Fuser { pair, .. } => {
                 let drawn: Vec<DrawnNoise> = (0..pair.fusers.len() as u32)
@@ -518,7 +552,14 @@ impl Trainee {
         }
     }
 
-    fn update(&mut self, queue: &Queue, config: &TrainConfig, step: u64, lr: f32, norm: f64) -> Result<(), Error> {
+    fn update(
+        &mut self,
+        queue: &Queue,
+        config: &TrainConfig,
+        step: u64,
+        lr: f32,
+        norm: f64,
+    ) -> Result<(), Error> {
         let o = &config.optimizer;
         let adamw = Adamw {
             betas: o.betas.map(|beta| beta as f32),
@@ -569,7 +610,13 @@ impl Trainee {
         }
     }
 
-    fn after(&mut self, exam: &Exam, queue: &Queue, dtype: ComputeType, seed: u64) -> Result<Vec<Score>, Error> {
+    fn after(
+        &mut self,
+        exam: &Exam,
+        queue: &Queue,
+        dtype: ComputeType,
+        seed: u64,
+    ) -> Result<Vec<Score>, Error> {
         let _ = dtype;
         match self {
             Trainee::Fuser { pair, aligner, receiver, .. } => {
@@ -590,7 +637,12 @@ impl Trainee {
     }
 
     /// During training.
-    fn quick_accuracy(&mut self, exam: &Exam, queue: &Queue, dtype: ComputeType) -> Result<Option<f64>, Error> {
+    fn quick_accuracy(
+        &mut self,
+        exam: &Exam,
+        queue: &Queue,
+        dtype: ComputeType,
+    ) -> Result<Option<f64>, Error> {
         if exam.questions.is_empty() {
             return Ok(None);
         }
@@ -684,7 +736,8 @@ fn plan(
     let tokens: usize = data.samples.iter().map(Sample::tokens).sum();
     let labels: usize = data.samples.iter().map(Sample::labelled).sum();
     let first = batches.epoch(&data.samples, 0);
-    let largest = first.iter().map(|batch| batch.iter().map(|&i| data.samples[i as usize].tokens()).sum::<usize>());
+    let largest =
+        first.iter().map(|batch| batch.iter().map(|&i| data.samples[i as usize].tokens()).sum::<usize>());
     let largest = largest.max().unwrap_or(0);
     let per_update = tokens as f64 / (first.len().div_ceil(config.batch.accumulate)) as f64;
     let recompute = if config.recompute == 0 { Recompute::None } else { Recompute::Layers };
@@ -696,7 +749,9 @@ fn plan(
                 .fusers
                 .iter()
                 .map(|fuser| {
-                    let need = |scratch: fn(_) -> Scratch, layers| backend.scratch_len(scratch(fuser.fuser.extent(layers, largest)));
+                    let need = |scratch: fn(_) -> Scratch, layers| {
+                        backend.scratch_len(scratch(fuser.fuser.extent(layers, largest)))
+                    };
                     4 * (c.layers * need(Scratch::FuseSaved, 1) + need(Scratch::FuseBackward, c.layers))
                 })
                 .sum();
@@ -706,7 +761,12 @@ fn plan(
         }
         Trainee::Model { trainer, .. } => {
             let c = &trainer.decoder.config;
-            (trainer.parameters.count(), "of the model", TrainingPass::bytes(c, largest, largest, recompute), 0)
+            (
+                trainer.parameters.count(),
+                "of the model",
+                TrainingPass::bytes(c, largest, largest, recompute),
+                0,
+            )
         }
     };
     let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);

@@ -157,8 +157,7 @@ impl Adapter {
                 return Ok((messages, None));
             }
         };
-        let answer =
-            prompt.answer(question.answer).ok_or_else(|| Bad::from(Reason::AnswerOutside))?;
+        let answer = prompt.answer(question.answer).ok_or_else(|| Bad::from(Reason::AnswerOutside))?;
         let messages =
             vec![Message::new("user", prompt.prompt(&question)), Message::new("assistant", answer)];
         Ok((messages, Some(question)))
