@@ -80,8 +80,9 @@ pub(super) fn add_parts(parts: &[f32], grad: &Tensor) {
 }
 
 vectorized! {
-    /// Backward of one row of `y = x · r · weight`, `r = 1 / √(mean(x²) + eps)`: `dx = r · (weight · dy − x · r² · mean(weight · dy · x))`,
-    /// and `dy · x · r` is added to `dweight`, which is empty where it isn't wanted.
+    /// Backward of one row of `y = x · r · weight`, `r = 1 / √(mean(x²) + eps)`:
+    /// `dx = r · (weight · dy − x · r² · mean(weight · dy · x))`, and `dy · x · r` is added to `dweight`, which is empty where it
+    /// isn't wanted.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn norm_row(
         x: &[f32],
