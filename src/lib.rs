@@ -24,6 +24,8 @@ pub mod pipeline;
 
 pub mod engine;
 
+pub mod builtin;
+
 pub mod data;
 
 pub mod train;

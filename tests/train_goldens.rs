@@ -9,7 +9,7 @@ use c2c::{
     model::{self, Decoder},
     ops::IGNORED,
     pipeline::{Prompt, SharerPrompt},
-    train::{Adamw, GateNoise, Kept, PairTrainer, Recompute, Run, Sample, TrainedFuser},
+    train::{Adamw, GateNoise, Kept, PairTrainer, Recompute, Run, Sample, TrainedFuser, config::Decay},
 };
 use goldens::{Tensors, cases, difference, find, json};
 use serde_json::Value;
@@ -91,7 +91,7 @@ fn open(case: &Value, recompute: Recompute) -> Option<Case> {
     let receiver = decoder(&find(case["receiver"].as_str().unwrap())?);
     let sharer = decoder(&find(case["sharer"].as_str().unwrap())?);
     let fuser = Fuser::load(&find(case["fuser"].as_str().unwrap())?, &backend).unwrap();
-    let fuser = TrainedFuser::new(&fuser, &queue).unwrap();
+    let fuser = TrainedFuser::new(&fuser, &queue, Decay::All).unwrap();
     let mode = FusionMode::Sequential;
     let trainer =
         PairTrainer::new(queue, receiver, vec![sharer], vec![fuser], mode, DType::F32, recompute, 0.0, 0)

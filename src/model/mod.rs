@@ -124,6 +124,33 @@ pub fn load(path: &Path, backend: &Arc<dyn Backend>, progress: Progress<'_>) -> 
     Ok(Loaded { config, weights, source: Source::Gguf(gguf) })
 }
 
+/// Files beside the weights that make a Hugging Face folder.
+pub const COMPANIONS: [&str; 7] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// Standard deviation of a new model's matrices: `initializer_range` of config.json, transformers' 0.02 where it is not said.
+pub fn initializer_range(folder: &Path) -> Result<f32, Error> {
+    let path = folder.join("config.json");
+    let text = read_text(&path)?;
+    let bad = |problem: String| Error::Config { path: path.clone(), problem };
+    let config: serde_json::Value = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+    let Some(range) = config.get("initializer_range") else { return Ok(0.02) };
+    let range = range.as_f64().filter(|range| *range > 0.0 && range.is_finite());
+    range.map(|range| range as f32).ok_or_else(|| bad("`initializer_range` is no positive number".into()))
+}
+
+/// Whether a Hugging Face folder has weights, not only a configuration.
+pub fn has_weights(folder: &Path) -> bool {
+    ["model.safetensors", "model.safetensors.index.json"].iter().any(|name| folder.join(name).is_file())
+}
+
 fn read_text(path: &Path) -> Result<String, Error> {
     fs::read_to_string(path).map_err(|source| Error::Io { path: path.into(), source })
 }

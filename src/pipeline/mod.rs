@@ -9,7 +9,7 @@ mod link;
 mod model;
 mod replay;
 mod session;
-mod t2t;
+pub(crate) mod t2t;
 
 pub use answer::{Answer, TimingsMs, TokensPerSecond, peak_rss_bytes};
 pub use generate::{FinishReason, Generation, Stream, generate};

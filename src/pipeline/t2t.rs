@@ -4,7 +4,7 @@
 use crate::tokenizer::Message;
 
 /// Stage 1, for the sharer.
-pub(super) fn ask(question: &str) -> Vec<Message> {
+pub(crate) fn ask(question: &str) -> Vec<Message> {
     let request = format!(
         "In one clear sentence, describe the most essential background knowledge needed to answer the question: {question}"
     );
@@ -12,7 +12,7 @@ pub(super) fn ask(question: &str) -> Vec<Message> {
 }
 
 /// Stage 2, for the receiver: the request, the sharer's text as if the receiver had said it, then the question.
-pub(super) fn answer(question: &str, background: &str) -> Vec<Message> {
+pub(crate) fn answer(question: &str, background: &str) -> Vec<Message> {
     let mut messages = ask(question);
     messages.extend([Message::new("assistant", background), Message::new("user", question)]);
     messages

@@ -60,8 +60,8 @@ pub struct TrainConfig {
     pub batch: BatchSettings,
     pub optimizer: OptimizerSettings,
     pub gates: GateSettings,
-    /// What is computed again in the backward pass instead of kept: 0 (default) nothing, 1 normalised and activated
-    /// rows, 2 all within a layer. Higher levels need less memory and more time.
+    /// What is computed again in the backward pass instead of kept: 0 (default) nothing, 1 all within a layer, which needs less
+    /// memory and more time.
     pub recompute: u8,
     /// Updates between measurements on held-out data, which are also made at the end; 0 = only at the end. Default 100.
     pub eval_every: u64,
@@ -283,8 +283,12 @@ pub struct OptimizerSettings {
     /// Instead of `warmup_ratio`: updates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub warmup_steps: Option<u64>,
-    /// Decoupled from the gradient, on all weights; 0.01 by default.
+    /// The part of the highest rate that `linear` and `cosine` end with; 0 by default.
+    pub final_ratio: f64,
+    /// Decoupled from the gradient; 0.01 by default.
     pub weight_decay: f64,
+    /// What decays: `all` weights (default, as published) or `matrices`, which spares norms and biases.
+    pub decay: Decay,
     /// Of the two moments; 0.9 and 0.999 by default.
     pub betas: [f64; 2],
     /// 1e-8 by default.
@@ -300,12 +304,23 @@ impl Default for OptimizerSettings {
             schedule: Schedule::Linear,
             warmup_ratio: 0.1,
             warmup_steps: None,
+            final_ratio: 0.0,
             weight_decay: 0.01,
+            decay: Decay::All,
             betas: [0.9, 0.999],
             epsilon: 1e-8,
             clip: 1.0,
         }
     }
+}
+
+/// What weight decay applies to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    #[default]
+    All,
+    Matrices,
 }
 
 /// `[gates]`: the temperature of their relaxation.
@@ -330,9 +345,10 @@ impl Default for GateSettings {
 impl TrainConfig {
     /// The learning rate of a run of `total` updates.
     pub fn learning_rate(&self, total: u64) -> LearningRate {
-        let OptimizerSettings { learning_rate, schedule, warmup_ratio, warmup_steps, .. } = self.optimizer;
+        let OptimizerSettings { learning_rate, schedule, warmup_ratio, warmup_steps, final_ratio, .. } =
+            self.optimizer;
         let warmup = warmup_steps.unwrap_or((warmup_ratio * total as f64) as u64);
-        LearningRate { schedule, base: learning_rate, warmup, total }
+        LearningRate { schedule, base: learning_rate, warmup, total, final_ratio }
     }
 
     /// The gates' temperature in a run of `total` updates.
@@ -397,8 +413,8 @@ impl TrainConfig {
                 return Some((key, format!("is {value}: expected {least} or more")));
             }
         }
-        if self.recompute > 2 {
-            return Some(("recompute", format!("is {}: expected 0, 1 or 2", self.recompute)));
+        if self.recompute > 1 {
+            return Some(("recompute", format!("is {}: expected 0 or 1", self.recompute)));
         }
         let OptimizerSettings { learning_rate, warmup_ratio, weight_decay, betas, epsilon, clip, .. } =
             self.optimizer;

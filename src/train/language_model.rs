@@ -2,7 +2,7 @@
 
 use super::{
     BatchCache, BatchReport, Error, Kept, Labels, Parameters, Piece, Recompute, Sample, TrainingPass,
-    gradient_pages,
+    config::Decay, gradient_pages,
 };
 use crate::{
     backend::{DType, Event, Precision, Queue},
@@ -13,9 +13,6 @@ use crate::{
 };
 use safetensors::Dtype;
 use std::{path::Path, sync::Arc};
-
-/// Standard deviation of new matrices, transformers' default.
-const INITIAL: f32 = 0.02;
 
 /// A model whose weights are learned, in f32.
 pub struct ModelTrainer {
@@ -36,16 +33,24 @@ impl ModelTrainer {
         config: ModelConfig,
         weights: &Weights,
         recompute: Recompute,
+        decay: Decay,
     ) -> Result<Self, Error> {
-        Self::with(queue, config, recompute, |queue, parameters, config| {
+        Self::with(queue, config, recompute, decay, |queue, parameters, config| {
             let tensors = weights.tensors(config).into_iter().enumerate();
             tensors.into_iter().try_for_each(|(index, tensor)| parameters.set(queue, index, tensor))
         })
     }
 
-    /// From nothing: matrices are normal with a deviation of 0.02, norms 1, biases 0.
-    pub fn init(queue: Queue, config: ModelConfig, seed: u64, recompute: Recompute) -> Result<Self, Error> {
-        Self::with(queue, config, recompute, |queue, parameters, config| {
+    /// From nothing: matrices are normal with the `deviation` (`initializer_range` of config.json), norms 1, biases 0.
+    pub fn init(
+        queue: Queue,
+        config: ModelConfig,
+        deviation: f32,
+        seed: u64,
+        recompute: Recompute,
+        decay: Decay,
+    ) -> Result<Self, Error> {
+        Self::with(queue, config, recompute, decay, |queue, parameters, config| {
             for (index, parameter) in model::parameters(config).iter().enumerate() {
                 let view = parameters.view(Kept::Weights, index);
                 let values = match parameter.role {
@@ -53,7 +58,7 @@ impl ModelTrainer {
                     Role::Bias => vec![0.0; view.elements()],
                     Role::Matrix => {
                         let values = normal(seed, index as u32, view.elements());
-                        values.into_iter().map(|x| INITIAL * x).collect()
+                        values.into_iter().map(|x| deviation * x).collect()
                     }
                 };
                 queue.upload(&values, &view);
@@ -66,10 +71,11 @@ impl ModelTrainer {
         queue: Queue,
         config: ModelConfig,
         recompute: Recompute,
+        decay: Decay,
         fill: impl FnOnce(&Queue, &Parameters, &ModelConfig) -> Result<(), Error>,
     ) -> Result<Self, Error> {
         let list = model::parameters(&config).into_iter().map(|parameter| (parameter.name, parameter.shape));
-        let parameters = Parameters::new(&queue, list.collect())?;
+        let parameters = Parameters::new(&queue, list.collect(), decay)?;
         fill(&queue, &parameters, &config)?;
         let view = |kept: Kept| {
             let mut number = 0..;
@@ -144,6 +150,12 @@ impl ModelTrainer {
         report.phases.loss = spent(&judged, &forward);
         report.phases.backward = spent(&end, &judged);
         Ok(report)
+    }
+
+    /// The first layer whose output over the last batch is not finite.
+    pub fn first_bad_layer(&self, queue: &Queue) -> Result<Option<usize>, Error> {
+        let tokens = self.cache.slots.iter().map(Vec::len).sum();
+        self.pass.as_ref().map_or(Ok(None), |pass| pass.first_bad_layer(queue, tokens))
     }
 
     /// Writes `model.safetensors` in bf16, with transformers' names, into `folder`.

@@ -30,6 +30,8 @@ pub struct PairTrainer {
     receiver_cache: BatchCache,
     sharer_caches: Vec<BatchCache>,
     pass: Option<TrainingPass>,
+    /// Of the last batch.
+    answer_tokens: usize,
     gradients: Vec<KvPages>,
 }
 
@@ -137,6 +139,7 @@ impl PairTrainer {
             receiver_cache,
             sharer_caches,
             pass,
+            answer_tokens: 0,
             gradients,
         })
     }
@@ -201,7 +204,7 @@ impl PairTrainer {
         if learn {
             self.backward(&batch, &pass, &columns)?;
         }
-        self.pass = Some(pass);
+        (self.pass, self.answer_tokens) = (Some(pass), batch.tokens);
         let end = queue.record();
         queue.synchronize()?;
 
@@ -219,6 +222,11 @@ impl PairTrainer {
                 backward: spent(&end, &judged),
             },
         })
+    }
+
+    /// The first receiver layer whose output over the last batch's answers is not finite.
+    pub fn first_bad_layer(&self) -> Result<Option<usize>, Error> {
+        self.pass.as_ref().map_or(Ok(None), |pass| pass.first_bad_layer(&self.queue, self.answer_tokens))
     }
 
     /// The receiver's logits `[vocab]` after a prompt that is fused as at inference.

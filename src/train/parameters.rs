@@ -1,6 +1,6 @@
 //! What is trained, as one long vector: weights, gradient, moments. Tensors are views of it.
 
-use super::Error;
+use super::{Error, config::Decay};
 use crate::{
     backend::{DType, Queue, Tensor},
     ops::{self, AdamwParams},
@@ -13,6 +13,8 @@ const ALIGN: usize = 16;
 /// Trainable tensors, F32. Gradients are added up in `grad` until [`Parameters::update`] takes them.
 pub struct Parameters {
     entries: Vec<Entry>,
+    /// Elements at the front that decay: the rest are norms and biases, where those are spared.
+    decaying: usize,
     /// F32`[len]` each.
     weights: Tensor,
     grad: Tensor,
@@ -67,20 +69,28 @@ impl Adamw {
 
 impl Parameters {
     /// Zeros, for tensors of these names and shapes.
-    pub fn new(queue: &Queue, tensors: Vec<(String, Vec<usize>)>) -> Result<Parameters, Error> {
+    pub fn new(queue: &Queue, tensors: Vec<(String, Vec<usize>)>, decay: Decay) -> Result<Parameters, Error> {
         let mut len = 0;
-        let mut entries = Vec::with_capacity(tensors.len());
-        for (name, shape) in tensors {
-            let elements: usize = shape.iter().product();
-            entries.push(Entry { name, shape, range: len..len + elements });
-            len += elements.next_multiple_of(ALIGN);
-        }
+        let mut entries: Vec<Entry> =
+            tensors.into_iter().map(|(name, shape)| Entry { name, shape, range: 0..0 }).collect();
+        let decays = |entry: &Entry| decay == Decay::All || entry.shape.len() > 1;
+        let mut place = |wanted: bool| {
+            for entry in entries.iter_mut().filter(|entry| decays(entry) == wanted) {
+                let elements: usize = entry.shape.iter().product();
+                entry.range = len..len + elements;
+                len += elements.next_multiple_of(ALIGN);
+            }
+            len
+        };
+        let decaying = place(true);
+        let len = place(false);
         if u32::try_from(len).is_err() {
             return Err(Error::TooManyParameters { parameters: len });
         }
         let alloc = |len: usize, what: &str| queue.backend().alloc(DType::F32, &[len], what);
         Ok(Parameters {
             entries,
+            decaying,
             weights: alloc(len, "trained weights")?,
             grad: alloc(len, "gradients")?,
             m: alloc(len, "first moments")?,
@@ -141,7 +151,16 @@ impl Parameters {
 
     /// One update, after which gradients are 0.
     pub fn update(&self, queue: &Queue, adamw: &Adamw, step: u64, lr: f32, scale: f32) -> Result<(), Error> {
-        let p = adamw.at(step, lr, scale, self.weights.elements());
-        Ok(ops::adamw(queue, p, &self.weights, &self.grad, &self.m, &self.v)?)
+        let total = self.weights.elements();
+        for (range, weight_decay) in [(0..self.decaying, adamw.weight_decay), (self.decaying..total, 0.0)] {
+            if range.is_empty() {
+                continue;
+            }
+            let p = AdamwParams { weight_decay, ..adamw.at(step, lr, scale, range.len()) };
+            let part = |tensor: &Tensor| tensor.narrow(range.start, range.len()).expect("inside the vector");
+            let [weights, grad, m, v] = [&self.weights, &self.grad, &self.m, &self.v].map(part);
+            ops::adamw(queue, p, &weights, &grad, &m, &v)?;
+        }
+        Ok(())
     }
 }

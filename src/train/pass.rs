@@ -198,6 +198,17 @@ impl TrainingPass {
         4 * (tokens * ((c.layers + 1) * c.hidden + layers * kept + down) + chunk * (c.vocab + 4 * c.hidden))
     }
 
+    /// The first layer of the last forward pass over `tokens` tokens whose output is not finite.
+    pub fn first_bad_layer(&self, queue: &Queue, tokens: usize) -> Result<Option<usize>, Error> {
+        for layer in 0..self.streams.len() - 1 {
+            let out = queue.download_f32(&self.stream(layer + 1, tokens.min(self.tokens)))?;
+            if out.iter().any(|x| !x.is_finite()) {
+                return Ok(Some(layer));
+            }
+        }
+        Ok(None)
+    }
+
     fn kept(&self, layer: usize, tokens: usize) -> Kept {
         self.kept[layer.min(self.kept.len() - 1)].first(tokens)
     }

@@ -387,6 +387,7 @@ impl Trainee {
         watcher: &dyn Watcher,
     ) -> Result<Trainee, Error> {
         let recompute = if config.recompute == 0 { Recompute::None } else { Recompute::Layers };
+        let decay = config.optimizer.decay;
         let (precision, kv) = computing(config.dtype);
         let load = |path: &Path, precision: Precision| {
             let path = builtin::resolve(path);
@@ -398,9 +399,16 @@ impl Trainee {
             let model_config = ModelConfig::from_folder(&path)?;
             let trainer = if model::has_weights(&path) {
                 let loaded = load(&config.receiver, Precision::F32)?;
-                ModelTrainer::new(queue.clone(), model_config, &loaded.decoder.weights, recompute)?
+                ModelTrainer::new(queue.clone(), model_config, &loaded.decoder.weights, recompute, decay)?
             } else {
-                ModelTrainer::init(queue.clone(), model_config, config.seed, recompute)?
+                ModelTrainer::init(
+                    queue.clone(),
+                    model_config,
+                    model::initializer_range(&path)?,
+                    config.seed,
+                    recompute,
+                    decay,
+                )?
             };
             return Ok(Trainee::Model { trainer: Box::new(trainer), tokenizer });
         }
@@ -438,7 +446,7 @@ impl Trainee {
                 }
             };
             crate::fuser::require_contract(fuser.config(), &ours, &theirs)?;
-            fusers.push(TrainedFuser::new(&fuser, queue)?);
+            fusers.push(TrainedFuser::new(&fuser, queue, decay)?);
         }
         let tokenizers = sharers.iter().map(tokenizer_of).collect::<Result<Vec<Tokenizer>, Error>>()?;
         let aligner = Aligner::new(&tokenizer_of(&receiver)?, &tokenizers, config.alignment)?;

@@ -49,6 +49,33 @@ impl Sample {
         Ok(Sample { prompt, labels, origin: origin.into() })
     }
 
+    /// The sample without the first tokens of its prompt, so that it has `most`; `None` where the answer leaves no room for one
+    /// token before it. The sharers still read all of theirs.
+    pub fn truncated(mut self, most: usize) -> Option<Sample> {
+        let drop = self.tokens().saturating_sub(most);
+        let answer = self.labels.iter().position(|&label| label != IGNORED)?;
+        if drop >= answer {
+            return None;
+        }
+        let prompt = &mut self.prompt;
+        let mut left = drop;
+        for section in &mut prompt.sections {
+            let cut = section.len.min(left);
+            section.len -= cut;
+            left -= cut;
+        }
+        prompt.sections.retain(|section| section.len > 0);
+        prompt.ids.drain(..drop);
+        // Positions count from 0 again.
+        let first = prompt.positions[drop];
+        prompt.positions = prompt.positions[drop..].iter().map(|position| position - first).collect();
+        for own in &mut prompt.sharers {
+            own.columns.drain(..drop);
+        }
+        self.labels.drain(..drop);
+        Some(self)
+    }
+
     /// The same for one model alone.
     pub fn alone(tokenizer: &Tokenizer, messages: &[Message], origin: &str) -> Result<Sample, Error> {
         let aligner = Aligner::new(tokenizer, &[], crate::align::Alignment::Span)?;

@@ -37,23 +37,26 @@ pub struct LearningRate {
     pub warmup: u64,
     /// Updates of the run.
     pub total: u64,
+    /// The part of `base` that a falling schedule ends with.
+    pub final_ratio: f64,
 }
 
 impl LearningRate {
     /// The rate of an update, counted from 0. With a warm-up the first update has rate 0, as published.
     pub fn at(&self, update: u64) -> f64 {
-        let Self { schedule, base, warmup, total } = *self;
+        let Self { schedule, base, warmup, total, final_ratio } = *self;
         if schedule != Schedule::Constant && update < warmup {
             return base * (update as f64 / warmup as f64);
         }
         // 0 after the warm-up, 1 at the end and beyond it.
         let span = total.saturating_sub(warmup).max(1) as f64;
         let progress = (update.saturating_sub(warmup) as f64 / span).min(1.0);
-        base * match schedule {
+        let falling = match schedule {
             Schedule::Linear => 1.0 - progress,
             Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
             Schedule::Constant | Schedule::ConstantWithWarmup => 1.0,
-        }
+        };
+        base * (final_ratio + (1.0 - final_ratio) * falling)
     }
 }
 
@@ -85,7 +88,7 @@ mod tests {
     #[test]
     fn a_run_without_warmup_begins_at_the_base_rate() {
         for schedule in [Schedule::Linear, Schedule::Cosine, Schedule::ConstantWithWarmup] {
-            let rate = LearningRate { schedule, base: 0.5, warmup: 0, total: 10 };
+            let rate = LearningRate { schedule, base: 0.5, warmup: 0, total: 10, final_ratio: 0.0 };
             assert_eq!(rate.at(0), 0.5);
         }
     }

@@ -1,6 +1,6 @@
 //! A fuser in training: its weights as [`Parameters`], its gates on the host.
 
-use super::{Adamw, Error, Kept, Parameters};
+use super::{Adamw, Error, Kept, Parameters, config::Decay};
 use crate::{
     backend::{DType, Precision, Queue, Tensor},
     fuser::{FuseCall, Fuser, FuserError, LayerCall, Training},
@@ -84,14 +84,14 @@ pub struct FuseRequest<'a> {
 
 impl TrainedFuser {
     /// Copies `fuser`, of any dtype, into trainable memory.
-    pub fn new(fuser: &Fuser, queue: &Queue) -> Result<TrainedFuser, Error> {
+    pub fn new(fuser: &Fuser, queue: &Queue, decay: Decay) -> Result<TrainedFuser, Error> {
         let mut tensors = Vec::new();
         for (index, projector) in fuser.projectors().iter().enumerate() {
             for (name, tensor) in projector.tensors() {
                 tensors.push((format!("projector_{index}.{name}"), tensor.shape().to_vec()));
             }
         }
-        let parameters = Parameters::new(queue, tensors)?;
+        let parameters = Parameters::new(queue, tensors, decay)?;
         let mut number = 0..;
         for tensor in fuser.projectors().iter().flat_map(|projector| projector.tensors().values()) {
             parameters.set(queue, number.next().unwrap_or_default(), tensor)?;

@@ -31,7 +31,7 @@ macro_rules! presets {
     };
 }
 
-const PRESETS: [(&str, &str); 1] = presets!["published"];
+const PRESETS: [(&str, &str); 4] = presets!["builtin", "builtin-receiver", "builtin-sharer", "published"];
 
 /// What `--preset` knows.
 pub fn preset_names() -> impl Iterator<Item = &'static str> {
