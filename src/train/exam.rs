@@ -4,7 +4,7 @@
 
 use super::{BatchCache, Control, Error, PairTrainer, Piece, Sample};
 use crate::{
-    align::{Aligner, Alignment, ChatOptions},
+    align::{Aligner, ChatOptions},
     backend::{DType, Queue},
     data::{Example, PromptStyle, templates},
     engine::SamplingParams,
@@ -98,10 +98,9 @@ impl Exam {
     /// One model alone.
     pub fn alone(&self, mode: &str, model: &Model, queue: &Queue, kv: DType) -> Result<Score, Error> {
         let tokenizer = tokenizer(model)?;
-        let aligner = Aligner::new(tokenizer, &[], Alignment::Span)?;
         let mut cache = BatchCache::new(queue, &model.decoder, kv)?;
         self.score(mode, tokenizer, |_, question| {
-            let prompt = asked(&aligner, &[Message::new("user", &question.text)], question)?;
+            let prompt = begun(tokenizer, &[Message::new("user", &question.text)], question)?;
             last_logits(&mut cache, queue, model, &prompt)
         })
     }
@@ -138,17 +137,11 @@ impl Exam {
     /// Text-to-text: the sharer writes what it knows, the receiver reads it and answers.
     pub fn t2t(&self, receiver: &Model, sharer: &Model, queue: &Queue, kv: DType) -> Result<Score, Error> {
         let (ours, theirs) = (tokenizer(receiver)?, tokenizer(sharer)?);
-        let aligner = Aligner::new(ours, &[], Alignment::Span)?;
         let mut cache = BatchCache::new(queue, &receiver.decoder, kv)?;
         let mut params = SamplingParams { max_new_tokens: BACKGROUND, ..SamplingParams::default() };
         params.eos.extend(&theirs.special().eos);
         self.score("t2t", ours, |_, question| {
-            let template = TemplateOptions {
-                add_generation_prompt: true,
-                enable_thinking: Some(false),
-                ..TemplateOptions::default()
-            };
-            let text = theirs.render(&t2t::ask(&question.text), &template)?;
+            let text = theirs.render(&t2t::ask(&question.text), &generation())?;
             let ids = theirs.encode(&text, false)?.ids;
             let positions: Vec<u32> = (0..ids.len() as u32).collect();
             let room = ids.len() + BACKGROUND;
@@ -161,7 +154,7 @@ impl Exam {
                 Stream { detokenizer: Some(theirs.detokenizer()), on_text: &mut |_| {}, keep_scores: false };
             let written = generate(&mut lane, logits, &params, stream)?.text;
             let messages = t2t::answer(&question.text, written.trim());
-            let prompt = asked(&aligner, &messages, question)?;
+            let prompt = begun(ours, &messages, question)?;
             last_logits(&mut cache, queue, receiver, &prompt)
         })
     }
@@ -171,7 +164,21 @@ fn tokenizer(model: &Model) -> Result<&Tokenizer, Error> {
     model.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer { model: model.path.clone() })
 }
 
-/// The conversation with the answer begun.
+fn generation() -> TemplateOptions {
+    TemplateOptions {
+        add_generation_prompt: true,
+        enable_thinking: Some(false),
+        ..TemplateOptions::default()
+    }
+}
+
+/// The conversation with the answer begun, for one model alone.
+fn begun(tokenizer: &Tokenizer, messages: &[Message], question: &Question) -> Result<Prompt, Error> {
+    let text = tokenizer.render(messages, &generation())? + question.response;
+    Ok(super::sample::plain(tokenizer.encode(&text, false)?.ids))
+}
+
+/// The conversation with the answer begun, as the receiver and its sharers read it.
 fn asked(aligner: &Aligner, messages: &[Message], question: &Question) -> Result<Prompt, Error> {
     let mut messages = messages.to_vec();
     messages.push(Message::new("assistant", question.response));

@@ -76,10 +76,44 @@ impl Sample {
         Some(self)
     }
 
-    /// The same for one model alone.
+    /// The same for one model alone: learned is what its template puts behind the generation prompt.
     pub fn alone(tokenizer: &Tokenizer, messages: &[Message], origin: &str) -> Result<Sample, Error> {
-        let aligner = Aligner::new(tokenizer, &[], crate::align::Alignment::Span)?;
-        Sample::chat(&aligner, messages, origin)
+        let bad = |problem: &str| Error::Sample { origin: origin.into(), problem: problem.into() };
+        let Some((last, before)) = messages.split_last() else { return Err(bad("has no messages")) };
+        if last.role != "assistant" {
+            return Err(bad("does not end with the assistant's message"));
+        }
+        let template = |add_generation_prompt: bool| TemplateOptions {
+            add_generation_prompt,
+            enable_thinking: Some(false),
+            ..TemplateOptions::default()
+        };
+        let prompt = tokenizer.render(before, &template(true))?;
+        let text = tokenizer.render(messages, &template(false))?;
+        if !text.starts_with(&prompt) {
+            return Err(bad(
+                "is rendered otherwise with its answer than without: the chat template cannot be learned from",
+            ));
+        }
+        let encoding = tokenizer.encode(&text, false)?;
+        let start = encoding.offsets.iter().position(|offset| offset.0 >= prompt.len());
+        let start = start
+            .filter(|&start| start > 0)
+            .ok_or_else(|| bad("has nothing before its answer, or no answer"))?;
+        let labels = shifted(&encoding.ids, start);
+        Ok(Sample { prompt: plain(encoding.ids), labels, origin: origin.into() })
+    }
+}
+
+/// A prompt that one model reads alone.
+pub(super) fn plain(ids: Vec<u32>) -> Prompt {
+    let len = ids.len();
+    let positions = (0..len as u32).collect();
+    Prompt {
+        ids,
+        positions,
+        sharers: Vec::new(),
+        sections: vec![crate::align::Section { len, sharer_mask: 0 }],
     }
 }
 
