@@ -4,20 +4,29 @@
 //! place per op, without looking at the device's data) and issues them; what goes wrong in a launch is kept and told at
 //! the next [`crate::backend::Queue::synchronize`] or download.
 
+mod adamw;
 mod arena;
 mod attention;
+mod attention_backward;
+mod cross_entropy;
 mod embed;
 mod event;
 mod fuse;
+mod glu;
 mod launch;
+mod linear_backward;
 mod linear_decode;
 mod linear_prefill;
 mod module;
+mod norm_backward;
 mod pages;
 mod pointwise;
 mod rope;
+mod rope_backward;
 mod sample;
 mod staging;
+mod sums;
+mod training;
 
 pub use arena::Memory;
 pub use event::{Event, Graph};
@@ -226,10 +235,11 @@ impl Backend for Cuda {
                 attention::scratch_len(sequences, heads, head_dim, context)
             }
             ops::Scratch::Fuse(extent) => fuse::scratch_len(extent),
+            ops::Scratch::AttentionBackward { tokens, heads, .. } => {
+                attention_backward::scratch_len(tokens, heads)
+            }
             // TRAINING
-            ops::Scratch::FuseSaved(_)
-            | ops::Scratch::FuseBackward(_)
-            | ops::Scratch::AttentionBackward { .. } => 0,
+            ops::Scratch::FuseSaved(_) | ops::Scratch::FuseBackward(_) => 0,
         }
     }
 
