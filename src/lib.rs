@@ -24,6 +24,8 @@ pub mod pipeline;
 
 pub mod engine;
 
+pub mod train;
+
 pub mod rng;
 
 pub mod durable;

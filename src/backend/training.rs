@@ -6,6 +6,8 @@ use crate::ops;
 /// A device that trains. One method per op; operands are described at the op's function in [`crate::ops`], which checks them
 /// and is the only caller. Sums are added up in a fixed order: two runs are bit-identical.
 pub trait Training {
+    /// Every byte 0.
+    fn zero(&self, queue: usize, x: &Tensor);
     fn linear_backward_input(
         &self,
         queue: usize,

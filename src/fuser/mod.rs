@@ -137,6 +137,45 @@ impl Fuser {
         Ok(Fuser::assemble(config, projectors))
     }
 
+    /// The same fuser with each tensor (of projector number, name) replaced by what `change` makes of it: F32.
+    pub(crate) fn map(
+        &self,
+        mut change: impl FnMut(usize, &str, &Tensor) -> Result<Tensor, FuserError>,
+    ) -> Result<Fuser, FuserError> {
+        let config = FuserConfig { dtype: DType::F32, ..self.config.clone() };
+        let projectors = (self.projectors.iter().enumerate())
+            .map(|(index, p)| p.map(config.kind, |name, tensor| change(index, name, tensor)));
+        let projectors = projectors.collect::<Result<_, FuserError>>()?;
+        Ok(Fuser::assemble(config, projectors))
+    }
+
+    /// The same tensors with other gates: logits of [keys, values] by projector, and the temperature of training.
+    pub(crate) fn with_gates(&self, logits: &[[f32; 2]], temperature: f32, training: Training) -> Fuser {
+        let config = FuserConfig { training, ..self.config.clone() };
+        let projectors = self.projectors.iter().zip(logits).map(|(projector, &gate_logits)| {
+            let mut projector = projector.clone();
+            projector.gate_logits = gate_logits;
+            projector.temperature = temperature;
+            projector
+        });
+        Fuser::assemble(config, projectors.collect())
+    }
+
+    /// The projector of receiver layer `layer`, if it has one.
+    pub fn route(&self, layer: usize) -> Option<Route> {
+        *self.routes.get(layer)?
+    }
+
+    /// What scratch and memory of `layers` layers of `tokens` tokens depend on.
+    pub fn extent(&self, layers: usize, tokens: usize) -> FuseExtent {
+        let (source, target) = (self.config.sharer.width(), self.config.receiver.width());
+        self.projectors.first().map_or_else(FuseExtent::default, |projector| FuseExtent {
+            layers,
+            tokens,
+            ..FuseExtent::new(&projector.keys, source, target, self.config.receiver.kv_heads)
+        })
+    }
+
     pub fn config(&self) -> &FuserConfig {
         &self.config
     }
@@ -173,11 +212,7 @@ impl Fuser {
 
     /// Elements of F32 scratch that [`Fuser::issue`] needs for `layers` layers of `tokens` tokens.
     pub fn scratch_len(&self, backend: &dyn Backend, layers: usize, tokens: usize) -> usize {
-        let (source, target) = (self.config.sharer.width(), self.config.receiver.width());
-        self.projectors.first().map_or(0, |projector| {
-            let extent = FuseExtent::new(&projector.keys, source, target, self.config.receiver.kv_heads);
-            backend.scratch_len(Scratch::Fuse(FuseExtent { layers, tokens, ..extent }))
-        })
+        backend.scratch_len(Scratch::Fuse(self.extent(layers, tokens)))
     }
 
     /// Bytes of all weights.

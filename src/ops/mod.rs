@@ -34,7 +34,7 @@ pub use linear::{
 };
 pub use loss::{CrossEntropyParams, IGNORED, cross_entropy};
 pub use norm::{NormOutput, RmsNormParams, rms_norm, rms_norm_backward};
-pub use optimizer::{AdamwParams, adamw, sum_of_squares};
+pub use optimizer::{AdamwParams, adamw, sum_of_squares, zero};
 pub use rope::{RopeBackwardOperands, RopeOperands, RopeParams, rope_backward, rope_kv_write};
 pub use sample::{MAX_RANKED, SampleOperands, SampleRow, SampledRow, sample};
 pub use scratch::Scratch;

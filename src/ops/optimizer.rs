@@ -1,4 +1,4 @@
-//! AdamW on one long vector of parameters, and the norm of its gradient.
+//! AdamW on one long vector of parameters, the norm of its gradient, and setting it to 0.
 
 use super::{ShapeError, check, check_apart, training};
 use crate::backend::{DType, Queue, Tensor};
@@ -47,5 +47,11 @@ pub fn sum_of_squares(queue: &Queue, x: &Tensor, out: &Tensor) -> Result<(), Sha
     check(OP, "out", out, &[DType::F32], &[1])?;
     check_apart(OP, out, &[("x", x)])?;
     training(OP, queue)?.sum_of_squares(queue.id(), x, out);
+    Ok(())
+}
+
+/// `x = 0`, of any dtype and shape.
+pub fn zero(queue: &Queue, x: &Tensor) -> Result<(), ShapeError> {
+    training("zero", queue)?.zero(queue.id(), x);
     Ok(())
 }

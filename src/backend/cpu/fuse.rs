@@ -19,7 +19,7 @@ use crate::{
 use std::ops::Range;
 
 /// Of the fuser's RMSNorm, whatever the models use.
-const NORM_EPS: f32 = 1e-6;
+pub(super) const NORM_EPS: f32 = 1e-6;
 
 /// Elements of scratch: per token of a chunk its input row, three hidden rows, one inner row, the projected row and the
 /// weights of the heads. Layers follow one another in the same memory.
@@ -60,21 +60,21 @@ fn fuse_layer(team: &mut Team, simd: Simd, p: FuseParams, layer: &FuseLayer, o: 
 }
 
 #[derive(Clone, Copy)]
-enum Half {
+pub(super) enum Half {
     Keys,
     Values,
 }
 
 /// The keys or the values of one layer, one column per fused token.
 #[derive(Clone, Copy)]
-struct Columns<'a> {
+pub(super) struct Columns<'a> {
     pages: &'a KvPages,
     tensor: &'a Tensor,
     slots: &'a [u32],
 }
 
 impl<'a> Columns<'a> {
-    fn new(half: Half, pages: &'a KvPages, slots: &'a Tensor) -> Columns<'a> {
+    pub fn new(half: Half, pages: &'a KvPages, slots: &'a Tensor) -> Columns<'a> {
         let tensor = match half {
             Half::Keys => &pages.keys,
             Half::Values => &pages.values,
@@ -83,12 +83,16 @@ impl<'a> Columns<'a> {
     }
 
     /// Those of some of the tokens.
-    fn part(self, tokens: Range<usize>) -> Columns<'a> {
+    pub fn part(self, tokens: Range<usize>) -> Columns<'a> {
         Columns { slots: &self.slots[tokens], ..self }
     }
 
-    fn width(self) -> usize {
+    pub fn width(self) -> usize {
         self.pages.width()
+    }
+
+    pub fn head_dim(self) -> usize {
+        self.pages.head_dim()
     }
 
     fn offset(self, token: usize, head: usize) -> usize {
@@ -96,9 +100,16 @@ impl<'a> Columns<'a> {
     }
 
     /// The column of `token`, heads one after the other.
-    fn read(self, token: usize, column: &mut [f32]) {
+    pub fn read(self, token: usize, column: &mut [f32]) {
         for (head, part) in column.chunks_exact_mut(self.pages.head_dim()).enumerate() {
             read_page(self.tensor, self.offset(token, head), part);
+        }
+    }
+
+    pub fn write(self, token: usize, column: &[f32]) {
+        let writer = PageWriter::new(self.tensor);
+        for (head, part) in column.chunks_exact(self.pages.head_dim()).enumerate() {
+            writer.write(self.offset(token, head), part);
         }
     }
 
@@ -137,18 +148,18 @@ fn copy(base: Columns, out: Columns) {
 }
 
 /// The next `len` elements of `scratch`.
-fn carve<'a>(scratch: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
+pub(super) fn carve<'a>(scratch: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     let (part, rest) = std::mem::take(scratch).split_at_mut(len);
     *scratch = rest;
     part
 }
 
 /// Row-wise work: one row per fused token.
-struct Rows<'t> {
-    team: &'t mut Team,
-    simd: Simd,
-    precision: Precision,
-    tokens: usize,
+pub(super) struct Rows<'t> {
+    pub team: &'t mut Team,
+    pub simd: Simd,
+    pub precision: Precision,
+    pub tokens: usize,
 }
 
 impl Rows<'_> {
@@ -228,7 +239,7 @@ impl Rows<'_> {
         });
     }
 
-    fn store(&mut self, rows: &[f32], out: Columns) {
+    pub fn store(&mut self, rows: &[f32], out: Columns) {
         let (width, dim) = (out.width(), out.pages.head_dim());
         let writer = PageWriter::new(out.tensor);
         let per_task = rows_per_task(width);
@@ -244,7 +255,7 @@ impl Rows<'_> {
     }
 
     /// `[source; target]` of each token.
-    fn gather(&mut self, source: Columns, target: Option<Columns>, input: &mut [f32]) {
+    pub fn gather(&mut self, source: Columns, target: Option<Columns>, input: &mut [f32]) {
         let width = source.width() + target.map_or(0, Columns::width);
         self.chunks(input, width, |first, rows| {
             for (i, row) in rows.chunks_exact_mut(width).enumerate() {
@@ -258,7 +269,7 @@ impl Rows<'_> {
     }
 
     /// `[staged; target]` of each token.
-    fn join(&mut self, staged: &[f32], staged_width: usize, target: Option<Columns>, input: &mut [f32]) {
+    pub fn join(&mut self, staged: &[f32], staged_width: usize, target: Option<Columns>, input: &mut [f32]) {
         let width = staged_width + target.map_or(0, Columns::width);
         self.chunks(input, width, |first, rows| {
             for (i, row) in rows.chunks_exact_mut(width).enumerate() {
@@ -274,36 +285,43 @@ impl Rows<'_> {
 
     /// `x += W2 · gelu(W1 · rms_norm(x))`
     fn ffn(&mut self, ffn: &Ffn, x: &mut [f32], normed: &mut [f32], inner: &mut [f32]) {
-        let (cols, wide) = (ffn.w1.cols(), ffn.w1.rows());
-        let weight = vector(&ffn.norm);
-        let x = &mut x[..self.tokens * cols];
-        let (simd, input) = (self.simd, &*x);
-        self.chunks(normed, cols, |first, rows| {
-            for (i, y) in rows.chunks_exact_mut(cols).enumerate() {
-                let x = &input[(first + i) * cols..][..cols];
-                norm_row(simd, x, &weight, NORM_EPS, NormOutput::Assign, y);
-            }
-        });
+        self.norm(&ffn.norm, x, normed);
         self.matmul(&ffn.w1, false, normed, inner);
-        self.chunks(inner, wide, |_, rows| gelu(simd, rows));
+        self.gelu(ffn.w1.rows(), inner);
         self.matmul(&ffn.w2, true, inner, x);
     }
 
-    fn matmul(&mut self, weight: &Weight, accumulate: bool, x: &[f32], y: &mut [f32]) {
+    pub fn norm(&mut self, weight: &Tensor, x: &[f32], normed: &mut [f32]) {
+        let (simd, weight) = (self.simd, vector(weight));
+        let cols = weight.len();
+        self.chunks(normed, cols, |first, rows| {
+            for (i, y) in rows.chunks_exact_mut(cols).enumerate() {
+                let x = &x[(first + i) * cols..][..cols];
+                norm_row(simd, x, &weight, NORM_EPS, NormOutput::Assign, y);
+            }
+        });
+    }
+
+    pub fn gelu(&mut self, cols: usize, x: &mut [f32]) {
+        let simd = self.simd;
+        self.chunks(x, cols, |_, rows| gelu(simd, rows));
+    }
+
+    pub fn matmul(&mut self, weight: &Weight, accumulate: bool, x: &[f32], y: &mut [f32]) {
         let x = &x[..self.tokens * weight.cols()];
         let y = &mut y[..self.tokens * weight.rows()];
         matmul(self.team, self.simd, Pass::Prefill, self.precision, accumulate, self.tokens, x, weight, y);
     }
 
     /// Runs `job(first token, rows)` on parts of `data`, rows of `width`.
-    fn chunks(&mut self, data: &mut [f32], width: usize, job: impl Fn(usize, &mut [f32]) + Sync) {
+    pub fn chunks(&mut self, data: &mut [f32], width: usize, job: impl Fn(usize, &mut [f32]) + Sync) {
         let per_task = rows_per_task(width);
         let data = &mut data[..self.tokens * width];
         self.team.chunks_mut(data, per_task * width, |task, rows| job(task * per_task, rows));
     }
 }
 
-fn sigmoid(x: f32) -> f32 {
+pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 

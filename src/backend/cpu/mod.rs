@@ -2,6 +2,8 @@
 
 mod attention;
 mod blocks;
+#[cfg(test)]
+mod differences;
 mod executor;
 mod fuse;
 mod fuse_training;

@@ -7,6 +7,13 @@ use crate::{
 };
 
 impl Training for Cpu {
+    fn zero(&self, queue: usize, x: &Tensor) {
+        let x = x.clone();
+        self.executor.issue(queue, move |team| {
+            team.chunks_mut(x.host_bytes_mut(), 1 << 20, |_, part| part.fill(0));
+        });
+    }
+
     fn linear_backward_input(
         &self,
         queue: usize,

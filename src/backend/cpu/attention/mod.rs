@@ -37,6 +37,7 @@ use crate::{
     backend::Tensor,
     ops::{AttentionOperands, AttentionParams, KvPages},
 };
+use backward::{Backward, Part};
 use plan::{Plan, Reduction, Task, Work};
 use std::{cell::RefCell, sync::atomic::Ordering::AcqRel};
 use vector::{PageElement, Vector};
@@ -59,6 +60,8 @@ struct Kernels {
     prefill: unsafe fn(&Call, &Task, &mut Scratch),
     decode: unsafe fn(&Call, &Task, *mut f32, &mut Scratch),
     combine: unsafe fn(&Call, &Task, *const f32, &Reduction),
+    measure: unsafe fn(&Backward, &Part, &mut Scratch),
+    differentiate: unsafe fn(&Backward, &Part, &mut Scratch),
 }
 
 /// The kernels compiled for a [`Vector`] and the CPU features it needs.
@@ -80,7 +83,17 @@ macro_rules! kernels {
             // SAFETY: as above.
             unsafe { decode::combine::<$vector>(call, task, partials, reduction) }
         }
-        Kernels { lanes: <$vector>::LANES, prefill, decode, combine }
+        #[target_feature(enable = $features)]
+        unsafe fn measure(backward: &Backward, part: &Part, scratch: &mut Scratch) {
+            // SAFETY: as above.
+            unsafe { backward::measure::<$vector>(backward, part, scratch) }
+        }
+        #[target_feature(enable = $features)]
+        unsafe fn differentiate(backward: &Backward, part: &Part, scratch: &mut Scratch) {
+            // SAFETY: as above.
+            unsafe { backward::differentiate::<$vector>(backward, part, scratch) }
+        }
+        Kernels { lanes: <$vector>::LANES, prefill, decode, combine, measure, differentiate }
     }};
 }
 

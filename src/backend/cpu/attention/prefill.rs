@@ -25,42 +25,40 @@ use crate::backend::{DType, cpu::Element};
 use half::bf16;
 
 /// Keys in a tile. Tiles begin at multiples of it.
-const KEYS: usize = 48;
+pub(super) const KEYS: usize = 48;
 
 /// Keys whose scores are held in registers together. Divides [`KEYS`].
-const BLOCK: usize = 6;
+pub(super) const BLOCK: usize = 6;
 
 /// Registers of rows in a panel, at most.
-const PANEL: usize = 2;
+pub(super) const PANEL: usize = 2;
 
 /// The working memory of a task.
-struct Tile<'a> {
-    call: &'a Call<'a>,
+pub(super) struct Tile<'a> {
+    pub call: &'a Call<'a>,
     /// Of a key or value in `keys`, `values`: `dim` rounded up to a multiple of 4.
-    stride: usize,
+    pub stride: usize,
     /// `[KEYS][stride]`.
-    keys: &'a mut [f32],
-    values: &'a mut [f32],
+    pub keys: &'a mut [f32],
+    pub values: &'a mut [f32],
     /// One panel's `[KEYS][rows]`: scores, then their exponentials.
-    scores: &'a mut [f32],
+    pub scores: &'a mut [f32],
 }
 
 /// One panel's part of the task's memory.
-struct Panel {
+pub(super) struct Panel {
     /// `[dim][rows]`.
-    q: *const f32,
-    /// `[stride][rows]`.
-    out: *mut f32,
+    pub q: *const f32,
     /// `[rows]` each.
-    max: *mut f32,
-    sum: *mut f32,
+    pub max: *mut f32,
+    pub sum: *mut f32,
 }
 
 /// Which keys of a tile a panel sees: `from..to`, and the first and last for each row where they differ.
-struct Sight {
-    from: usize,
-    to: usize,
-    bounds: Option<[[f32; PANEL * 16]; 2]>,
+pub(super) struct Sight {
+    pub from: usize,
+    pub to: usize,
+    pub bounds: Option<[[f32; PANEL * 16]; 2]>,
 }
 
 /// # Safety
@@ -87,7 +85,12 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
     // Finite, so that nothing minus it is NaN.
     max.fill(f32::MIN);
     sum.fill(0.0);
-    pack_queries::<V>(call, task, &sequence, q);
+    let query = |r: usize| {
+        let (token, head) = row_of(call, task, &sequence, r);
+        call.query(token, head).as_ptr()
+    };
+    // SAFETY: a query has dim elements.
+    unsafe { pack::<V>(call.dim, rows, query, q) };
 
     let mut tile = Tile { call, stride, keys, values, scores };
     let first = call.first_key(sequence.at + task.from);
@@ -106,17 +109,17 @@ pub(super) unsafe fn prefill<V: Vector>(call: &Call, task: &Task, scratch: &mut 
             let lane = at * V::LANES;
             let panel = Panel {
                 q: q[lane * call.dim..].as_ptr(),
-                out: out[lane * stride..].as_mut_ptr(),
                 max: max[lane..].as_mut_ptr(),
                 sum: sum[lane..].as_mut_ptr(),
             };
             let token = |r: usize| sequence.at + task.from + r.min(rows - 1) / call.group;
             if let Some(sight) = Sight::new(call, start, lane, count * V::LANES, token) {
-                // SAFETY: the caller's promise; the panel's pieces have the lengths its fields name.
+                let out = out[lane * stride..].as_mut_ptr();
+                // SAFETY: the caller's promise; the panel's pieces have the lengths its fields name, out `[stride][rows]`.
                 unsafe {
                     match count {
-                        1 => tile.attend::<V, 1>(&panel, &sight, exponent),
-                        _ => tile.attend::<V, PANEL>(&panel, &sight, exponent),
+                        1 => tile.attend::<V, 1>(&panel, &sight, exponent, out),
+                        _ => tile.attend::<V, PANEL>(&panel, &sight, exponent, out),
                     }
                 }
             }
@@ -143,23 +146,28 @@ fn row_of(call: &Call, task: &Task, sequence: &Sequence, r: usize) -> (usize, us
     (sequence.row + task.from + r / call.group, task.kv_head * call.group + r % call.group)
 }
 
-/// The queries of the task's rows, panel after panel `[dim][rows]`. Lanes without a row of their own repeat the last one.
+/// Vectors of the task's rows, panel after panel `[dim][rows]`. Lanes without a row of their own repeat the last one.
+///
+/// # Safety
+/// `row` gives where a row's vector of dim elements lies.
 #[inline(always)]
-fn pack_queries<V: Vector>(call: &Call, task: &Task, sequence: &Sequence, q: &mut [f32]) {
-    let rows = (task.to - task.from) * call.group;
-    for (p, panel) in q.chunks_mut(PANEL * V::LANES * call.dim).enumerate() {
-        let width = panel.len() / call.dim;
+pub(super) unsafe fn pack<V: Vector>(
+    dim: usize,
+    rows: usize,
+    row: impl Fn(usize) -> *const f32,
+    packed: &mut [f32],
+) {
+    for (p, panel) in packed.chunks_mut(PANEL * V::LANES * dim).enumerate() {
+        let width = panel.len() / dim;
         for register in (0..width).step_by(V::LANES) {
             let mut lanes = [std::ptr::null(); 16];
-            for (lane, query) in lanes.iter_mut().enumerate().take(V::LANES) {
-                let r = p * PANEL * V::LANES + register + lane;
-                let (token, head) = row_of(call, task, sequence, r.min(rows - 1));
-                *query = call.query(token, head).as_ptr();
+            for (lane, from) in lanes.iter_mut().enumerate().take(V::LANES) {
+                *from = row((p * PANEL * V::LANES + register + lane).min(rows - 1));
             }
             for (d, step) in panel.chunks_exact_mut(width).enumerate() {
                 let to = &mut step[register..][..V::LANES];
                 for lane in 0..V::LANES {
-                    // SAFETY: a query has dim elements.
+                    // SAFETY: the caller's promise.
                     to[lane] = unsafe { *lanes[lane].add(d) };
                 }
             }
@@ -170,7 +178,7 @@ fn pack_queries<V: Vector>(call: &Call, task: &Task, sequence: &Sequence, q: &mu
 impl Sight {
     /// `None` if the panel of `width` rows from `lane` sees nothing of the tile at `start`. `at` = a row's own key.
     #[inline(always)]
-    fn new(
+    pub fn new(
         call: &Call,
         start: usize,
         lane: usize,
@@ -202,7 +210,7 @@ impl Tile<'_> {
     /// Reads keys and values `from..to` of a sequence, the tile beginning at `start`. The rest of the tile becomes 0:
     /// slots not yet written may hold anything, NaN included.
     #[inline(always)]
-    unsafe fn stage<V: Vector, T: PageElement + Element>(
+    pub unsafe fn stage<V: Vector, T: PageElement + Element>(
         &mut self,
         sequence: &Sequence,
         kv_head: usize,
@@ -231,15 +239,40 @@ impl Tile<'_> {
 
     /// Takes the tile's keys and values into the panel's running results.
     #[inline(always)]
-    unsafe fn attend<V: Vector, const N: usize>(&mut self, panel: &Panel, sight: &Sight, exponent: Exponent) {
+    unsafe fn attend<V: Vector, const N: usize>(
+        &mut self,
+        panel: &Panel,
+        sight: &Sight,
+        exponent: Exponent,
+        out: *mut f32,
+    ) {
+        let (stride, width) = (self.stride, N * V::LANES);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let shrink = self.soften::<V, N>(panel, sight, exponent);
+            let values = self.values.as_ptr().add(sight.from * stride);
+            let scores = self.scores.as_ptr().add(sight.from * width);
+            weigh::<V, N>(values, stride, scores, width, sight.to - sight.from, shrink, out);
+        }
+    }
+
+    /// Scores of the tile's keys and their exponentials, and the panel's running maximum and sum; returns what earlier
+    /// exponentials are to be multiplied by.
+    #[inline(always)]
+    pub unsafe fn soften<V: Vector, const N: usize>(
+        &mut self,
+        panel: &Panel,
+        sight: &Sight,
+        exponent: Exponent,
+    ) -> [V; N] {
         let (dim, stride, width) = (self.call.dim, self.stride, N * V::LANES);
-        let (keys, values, scores) = (self.keys.as_ptr(), self.values.as_ptr(), self.scores.as_mut_ptr());
-        // SAFETY: the caller's promise; `scores` holds KEYS × PANEL registers, keys and values KEYS × stride.
+        let (keys, scores) = (self.keys.as_ptr(), self.scores.as_mut_ptr());
+        // SAFETY: the caller's promise; `scores` holds KEYS × PANEL registers, keys KEYS × stride.
         unsafe {
             let mut largest = [V::splat(f32::NEG_INFINITY); N];
             let mut key = sight.from;
             while key < sight.to {
-                let mut s = product::<V, BLOCK, N>(keys.add(key * stride), stride, 1, panel.q, dim);
+                let mut s = product::<V, BLOCK, N>(keys.add(key * stride), stride, 1, panel.q, width, dim);
                 if let Some(inner) = exponent.inner {
                     for row in &mut s {
                         for x in row {
@@ -292,41 +325,60 @@ impl Tile<'_> {
             for j in 0..N {
                 sum[j].store(panel.sum.add(j * V::LANES));
             }
-
-            let (values, scores) = (values.add(sight.from * stride), scores.add(sight.from * width));
-            let mut d = 0;
-            while d < stride {
-                let (values, out) = (values.add(d), panel.out.add(d * width));
-                let count = sight.to - sight.from;
-                // A multiple of 4 is a sum of sixes and at most two fours.
-                if stride - d == 4 || stride - d == 8 {
-                    weigh::<V, 4, N>(values, stride, scores, count, shrink, out);
-                    d += 4;
-                } else {
-                    weigh::<V, 6, N>(values, stride, scores, count, shrink, out);
-                    d += 6;
-                }
-            }
+            shrink
         }
     }
 }
 
-/// `out[i] = out[i] · shrink + Σ_key values[key][i] · scores[key]` for M elements of each value.
+/// `out[d] = out[d] · shrink + Σ_key values[key][d] · scores[key]` for the `stride` elements of each value; `step` elements lie between
+/// the scores of two keys.
 ///
 /// # Safety
-/// As of [`Vector`]; `values` is valid for `count` rows, `scores` and `out` for `count` and M times N registers.
+/// As of [`Vector`]; `values` is valid for `count` rows, `scores` for `count` and `out` for `stride` times N registers.
 #[inline(always)]
-unsafe fn weigh<V: Vector, const M: usize, const N: usize>(
+pub(super) unsafe fn weigh<V: Vector, const N: usize>(
     values: *const f32,
     stride: usize,
     scores: *const f32,
+    step: usize,
     count: usize,
     shrink: [V; N],
     out: *mut f32,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let sums = product::<V, M, N>(values, 1, stride, scores, count);
+        let mut d = 0;
+        while d < stride {
+            let (values, out) = (values.add(d), out.add(d * N * V::LANES));
+            // A multiple of 4 is a sum of sixes and at most two fours.
+            if stride - d == 4 || stride - d == 8 {
+                weigh_some::<V, 4, N>(values, stride, scores, step, count, shrink, out);
+                d += 4;
+            } else {
+                weigh_some::<V, 6, N>(values, stride, scores, step, count, shrink, out);
+                d += 6;
+            }
+        }
+    }
+}
+
+/// [`weigh`] for M elements of each value.
+///
+/// # Safety
+/// As of [`weigh`].
+#[inline(always)]
+unsafe fn weigh_some<V: Vector, const M: usize, const N: usize>(
+    values: *const f32,
+    stride: usize,
+    scores: *const f32,
+    step: usize,
+    count: usize,
+    shrink: [V; N],
+    out: *mut f32,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let sums = product::<V, M, N>(values, 1, stride, scores, step, count);
         for i in 0..M {
             for j in 0..N {
                 let at = out.add((i * N + j) * V::LANES);
@@ -339,23 +391,24 @@ unsafe fn weigh<V: Vector, const M: usize, const N: usize>(
 /// # Safety
 /// As of [`Vector`]; `from` is valid for N registers.
 #[inline(always)]
-unsafe fn load<V: Vector, const N: usize>(from: *const f32, to: &mut [V; N]) {
+pub(super) unsafe fn load<V: Vector, const N: usize>(from: *const f32, to: &mut [V; N]) {
     for (j, x) in to.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
         *x = unsafe { V::load(from.add(j * V::LANES)) };
     }
 }
 
-/// `out[i][lane] = Σ_k a[i · row + k · step] · b[k][lane]`, the sum in order of k.
+/// `out[i][lane] = Σ_k a[i · row + k · step] · b[k · across + lane]`, the sum in order of k.
 ///
 /// # Safety
-/// As of [`Vector`]; `a` is valid for those indices, `b` for `steps` × N registers.
+/// As of [`Vector`]; `a` is valid for those indices, `b` for N registers at each of `steps`.
 #[inline(always)]
-unsafe fn product<V: Vector, const M: usize, const N: usize>(
+pub(super) unsafe fn product<V: Vector, const M: usize, const N: usize>(
     a: *const f32,
     row: usize,
     step: usize,
     b: *const f32,
+    across: usize,
     steps: usize,
 ) -> [[V; N]; M] {
     // SAFETY: the caller's promise.
@@ -363,7 +416,7 @@ unsafe fn product<V: Vector, const M: usize, const N: usize>(
         let mut sums = [[V::splat(0.0); N]; M];
         for k in 0..steps {
             let mut lanes = [V::splat(0.0); N];
-            load::<V, N>(b.add(k * N * V::LANES), &mut lanes);
+            load::<V, N>(b.add(k * across), &mut lanes);
             for i in 0..M {
                 let x = V::splat(*a.add(i * row + k * step));
                 for j in 0..N {

@@ -6,7 +6,7 @@ use super::{
     super::Simd,
     avx512::float,
     gemm::{Blocking, Output, Tile, blocked},
-    pack::{F32_SLICE, FloatScratch, ROWS, Rows, with_scratch},
+    pack::{F32_SLICE, FloatScratch, LANES, Layout, ROWS, Rows, Window, with_scratch},
 };
 use std::{arch::x86_64::*, ops::Range};
 
@@ -26,14 +26,16 @@ macro_rules! with_count {
 }
 pub(super) use with_count;
 
-/// `y[tokens, rows] += x · Wᵀ` in f32, from weights of any format.
+/// `y[tokens, rows] += x · Wᵀ` in f32, from weights of any format; with [`Layout::Columns`] `x · W`, and `range` are columns of W.
 ///
 /// # Safety
 /// The processor has `simd`; `x` is `[≥ tokens.end, cols]`, its rows `x_stride` apart; nobody else has these rows and
 /// tokens of `output`.
+#[allow(clippy::too_many_arguments)]
 pub(super) unsafe fn gemm_f32(
     simd: Simd,
     rows: Rows,
+    layout: Layout,
     range: Range<usize>,
     tokens: Range<usize>,
     (x, x_stride): (&[f32], usize),
@@ -43,8 +45,13 @@ pub(super) unsafe fn gemm_f32(
     assert!(x_stride >= cols && x.len() >= tokens.end * x_stride);
     if simd >= Simd::Avx512 {
         let b = Blocking { lanes: 32, tile: 8, tokens: 120, slice: F32_SLICE };
-        with_scratch(|scratch: &mut FloatScratch<32, { ROWS / 32 }>| {
-            let pack = |s: &mut FloatScratch<32, _>, panel, at| s.pack_f32(panel, simd, rows, at);
+        with_scratch(|scratch: &mut FloatScratch<32, { LANES / 32 }>| {
+            let pack = |s: &mut FloatScratch<32, _>, panel, at: Window| match layout {
+                Layout::Rows => s.pack_f32(panel, simd, rows, at),
+                // Blocks may be wider than a panel: all at once.
+                Layout::Columns if panel == 0 => s.pack_columns(simd, rows, range.clone(), at.k, at.n),
+                Layout::Columns => {}
+            };
             let tile = |s: &FloatScratch<32, _>, t: Tile| {
                 let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * x_stride + t.k..]);
                 // SAFETY: the caller has AVX-512; the panel holds `n` columns, `x` `count` rows from here, `y` a tile.
@@ -56,12 +63,17 @@ pub(super) unsafe fn gemm_f32(
                 }
             };
             // SAFETY: says the caller.
-            unsafe { blocked(b, (range, tokens, cols), output, scratch, pack, tile) }
+            unsafe { blocked(b, (range.clone(), tokens, cols), output, scratch, pack, tile) }
         })
     } else {
         let b = Blocking { lanes: 16, tile: 6, tokens: 120, slice: F32_SLICE };
-        with_scratch(|scratch: &mut FloatScratch<16, { ROWS / 16 }>| {
-            let pack = |s: &mut FloatScratch<16, _>, panel, at| s.pack_f32(panel, simd, rows, at);
+        with_scratch(|scratch: &mut FloatScratch<16, { LANES / 16 }>| {
+            let pack = |s: &mut FloatScratch<16, _>, panel, at: Window| match layout {
+                Layout::Rows => s.pack_f32(panel, simd, rows, at),
+                // Blocks may be wider than a panel: all at once.
+                Layout::Columns if panel == 0 => s.pack_columns(simd, rows, range.clone(), at.k, at.n),
+                Layout::Columns => {}
+            };
             let tile = |s: &FloatScratch<16, _>, t: Tile| {
                 let (w, x) = (s.panels[t.panel].0.as_ptr().cast(), &x[t.token * x_stride + t.k..]);
                 // SAFETY: as above, with AVX2.
@@ -70,7 +82,7 @@ pub(super) unsafe fn gemm_f32(
                 }
             };
             // SAFETY: says the caller.
-            unsafe { blocked(b, (range, tokens, cols), output, scratch, pack, tile) }
+            unsafe { blocked(b, (range.clone(), tokens, cols), output, scratch, pack, tile) }
         })
     }
 }

@@ -237,12 +237,7 @@ fn multiply(
     }
     let x_stride = if any([Method::F32Panels; 2]) { apart(cols) } else { cols };
     if x_stride != cols {
-        inputs.f32.resize(tokens * x_stride, 0.0);
-        team.chunks_mut(&mut inputs.f32, 8 * x_stride, |task, out| {
-            for (out, x) in out.chunks_exact_mut(x_stride).zip(x[8 * task * cols..].chunks_exact(cols)) {
-                out[..cols].copy_from_slice(x);
-            }
-        });
+        copy_apart(team, cols, x, &mut inputs.f32);
     }
     let stride: usize = parts.iter().map(|part| part.rows).sum();
     let row_tasks = parts.last().map_or(0, |part| part.task + part.rows.div_ceil(part.chunk));
@@ -294,7 +289,16 @@ unsafe fn run(
             #[cfg(target_arch = "x86_64")]
             (Method::F32Panels, _) => {
                 let x = if apart(cols) == cols { x } else { &inputs.f32 };
-                gemm_f32::gemm_f32(simd, part.matrix, rows, tokens, (x, apart(cols)), cols, output)
+                gemm_f32::gemm_f32(
+                    simd,
+                    part.matrix,
+                    pack::Layout::Rows,
+                    rows,
+                    tokens,
+                    (x, apart(cols)),
+                    cols,
+                    output,
+                )
             }
             #[cfg(target_arch = "x86_64")]
             (Method::Bf16Panels, _) => {
@@ -308,6 +312,17 @@ unsafe fn run(
             (method, _) => unreachable!("{method:?} by {} on {simd}", part.matrix.dtype),
         }
     }
+}
+
+/// Copies rows of `cols` to rows [`apart`].
+fn copy_apart(team: &mut Team, cols: usize, x: &[f32], out: &mut Vec<f32>) {
+    let stride = apart(cols);
+    out.resize(x.len() / cols * stride, 0.0);
+    team.chunks_mut(out, 8 * stride, |task, out| {
+        for (out, x) in out.chunks_exact_mut(stride).zip(x[8 * task * cols..].chunks_exact(cols)) {
+            out[..cols].copy_from_slice(x);
+        }
+    });
 }
 
 /// Rounds to bf16, in pairs; an odd last column gets a zero beside it.

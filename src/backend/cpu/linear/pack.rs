@@ -9,6 +9,8 @@ use crate::backend::DType;
 
 /// Rows of the weight matrix that one task unpacks side by side.
 pub(super) const ROWS: usize = 64;
+/// Most lanes that one task has side by side.
+pub(super) const LANES: usize = 256;
 /// Columns of a slice of f32 weights: a panel of 16 rows is half of a first-level cache.
 pub(super) const F32_SLICE: usize = 256;
 
@@ -64,7 +66,16 @@ pub(super) fn with_scratch<T: Scratch, R>(work: impl FnOnce(&mut T) -> R) -> R {
     })
 }
 
-/// Columns `k..k + n` of rows `first..first + count`.
+/// Which way a matrix is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// Its rows are lanes: `x · Wᵀ`.
+    Rows,
+    /// Its columns are lanes: `a · B`.
+    Columns,
+}
+
+/// Columns `k..k + n` of rows `first..first + count`; with [`Layout::Columns`] the other way round.
 #[derive(Clone, Copy)]
 pub(super) struct Window {
     pub first: usize,
@@ -84,6 +95,12 @@ pub(super) struct Rows<'a> {
 impl<'a> Rows<'a> {
     pub fn row(&self, row: usize) -> &'a [u8] {
         &self.bytes[row * self.row_bytes..][..self.row_bytes]
+    }
+
+    /// Columns `first..first + n` of a row, in whole blocks.
+    pub fn window(&self, row: usize, first: usize, n: usize) -> &'a [u8] {
+        let (len, bytes) = (self.dtype.block_len(), self.dtype.block_bytes());
+        &self.row(row)[first / len * bytes..][..n / len * bytes]
     }
 
     /// Columns `k..k + n` of a row; `k` and `n` in whole blocks.
@@ -140,6 +157,27 @@ impl<const LANES: usize, const PANELS: usize> FloatScratch<LANES, PANELS> {
             if i < count { to_f32(simd, rows.dtype, rows.slice(first + i, k, n), row) } else { row.fill(0.0) }
         }
         self.turn(panel, simd, n);
+    }
+
+    /// Rows `k..k + n` (`n` ≤ [`F32_SLICE`]) of `columns` (in whole blocks, at most [`LANES`] of them) as f32 into panels from 0 on.
+    pub fn pack_columns(
+        &mut self,
+        simd: Simd,
+        rows: Rows,
+        columns: std::ops::Range<usize>,
+        k: usize,
+        n: usize,
+    ) {
+        let (row, panels) = (&mut self.rows[0], &mut self.panels);
+        let row = &mut bytemuck::cast_slice_mut::<u32, f32>(row)[..columns.len()];
+        for i in 0..n {
+            to_f32(simd, rows.dtype, rows.window(k + i, columns.start, columns.len()), row);
+            for (panel, part) in panels.iter_mut().zip(row.chunks(LANES)) {
+                let lanes = bytemuck::cast_slice_mut::<u32, f32>(&mut panel.0[i]);
+                lanes[..part.len()].copy_from_slice(part);
+                lanes[part.len()..].fill(0.0);
+            }
+        }
     }
 
     /// As pairs of bf16, `n` ≤ 2 · [`F32_SLICE`]; an odd last column gets a zero beside it.

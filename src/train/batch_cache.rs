@@ -1,0 +1,92 @@
+//! The caches of a batch of samples: pages that are used again from batch to batch.
+
+use super::Error;
+use crate::{
+    backend::{DType, Queue},
+    cache::{BlockTable, PagedKv},
+    model::{Activations, Batch, Decoder, Extent, Goal, SequenceStep},
+    ops::Pass,
+};
+
+/// Tokens of a block.
+const BLOCK_SIZE: usize = 16;
+
+/// One model's caches of the sequences of a batch.
+pub struct BatchCache {
+    pub kv: PagedKv,
+    dtype: DType,
+    tables: Vec<BlockTable>,
+    /// Cache slot of each token of each sequence.
+    pub slots: Vec<Vec<u32>>,
+    activations: Option<Activations>,
+}
+
+/// New tokens of one sequence.
+#[derive(Clone, Copy)]
+pub struct Piece<'a> {
+    pub ids: &'a [u32],
+    pub positions: &'a [u32],
+}
+
+impl BatchCache {
+    /// Without room yet. `dtype`: F32 or BF16.
+    pub fn new(queue: &Queue, decoder: &Decoder, dtype: DType) -> Result<BatchCache, Error> {
+        let kv = decoder.config.paged_kv(queue.backend(), 1, BLOCK_SIZE, dtype)?;
+        Ok(BatchCache { kv, dtype, tables: Vec::new(), slots: Vec::new(), activations: None })
+    }
+
+    /// Forgets everything and makes room for sequences of these lengths.
+    pub fn begin(&mut self, queue: &Queue, decoder: &Decoder, lengths: &[usize]) -> Result<(), Error> {
+        self.tables.clear();
+        let blocks: usize = lengths.iter().map(|len| len.div_ceil(BLOCK_SIZE)).sum();
+        if self.kv.pool().total() < blocks {
+            self.kv = decoder.config.paged_kv(queue.backend(), blocks, BLOCK_SIZE, self.dtype)?;
+        }
+        self.tables = lengths.iter().map(|_| BlockTable::new(self.kv.pool())).collect();
+        self.slots = vec![Vec::new(); lengths.len()];
+        Ok(())
+    }
+
+    /// Takes slots for the next tokens of every sequence; the batch that a pass over them runs on.
+    pub fn append(&mut self, queue: &Queue, decoder: &Decoder, pieces: &[Piece]) -> Result<Batch, Error> {
+        let mut starts = Vec::new();
+        for ((piece, table), slots) in pieces.iter().zip(&mut self.tables).zip(&mut self.slots) {
+            starts.push(slots.len());
+            slots.extend(self.kv.append(queue, table, piece.ids.len())?);
+        }
+        let blocks: Vec<Vec<u32>> = self.tables.iter().map(BlockTable::block_ids).collect();
+        let mut steps = Vec::new();
+        for (i, piece) in pieces.iter().enumerate() {
+            if piece.ids.is_empty() {
+                continue;
+            }
+            steps.push(SequenceStep {
+                ids: piece.ids,
+                positions: piece.positions,
+                slots: &self.slots[i][starts[i]..],
+                blocks: &blocks[i],
+                context: self.slots[i].len(),
+            });
+        }
+        let tokens = steps.iter().map(|step| step.ids.len()).sum();
+        let most = steps.iter().map(|step| step.blocks.len()).max().unwrap_or(0);
+        // Single tokens too are learned from as a prompt's are.
+        let (backend, config) = (queue.backend(), &decoder.config);
+        let batch = Batch::with_room(backend, config, Pass::Prefill, tokens, steps.len(), most)?;
+        batch.fill(queue, config, &steps)?;
+        Ok(batch)
+    }
+
+    /// Runs the model over the next tokens of every sequence, which nobody learns from.
+    pub fn prefill(&mut self, queue: &Queue, decoder: &Decoder, pieces: &[Piece]) -> Result<(), Error> {
+        let batch = self.append(queue, decoder, pieces)?;
+        let extent = Extent { tokens: batch.tokens, sequences: 1, context: BLOCK_SIZE };
+        let activations = match self.activations.take().filter(|a| a.extent().tokens >= batch.tokens) {
+            Some(activations) => activations,
+            None => Activations::new(queue.backend(), &decoder.config, decoder.precision, extent)?,
+        };
+        decoder.forward(queue, &batch, self.kv.layers(), &activations, Goal::Cache, |_| {}, |_| {})?;
+        self.activations = Some(activations);
+        Ok(())
+    }
+}

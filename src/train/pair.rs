@@ -1,0 +1,394 @@
+//! One pass over a batch of samples that trains the fusers of a receiver and its sharers: both models are frozen.
+
+use super::{
+    BatchCache, Error, FuseRequest, FusedColumns, GateNoise, Labels, Piece, Recompute, Sample, TrainedFuser,
+    TrainingPass, gradient_pages,
+};
+use crate::{
+    backend::{DType, Event, Queue, Tensor},
+    fuser::{FusionMode, LayerCall},
+    model::Decoder,
+    ops::{self, IGNORED, KvPages},
+};
+use std::{sync::Arc, time::Duration};
+
+/// Bytes of gradient pages that are held at once; layers are grouped accordingly.
+const GRADIENT_PAGES: usize = 256 << 20;
+
+/// Frozen models with a trained fuser for each sharer.
+pub struct PairTrainer {
+    pub queue: Queue,
+    pub receiver: Arc<Decoder>,
+    pub sharers: Vec<Arc<Decoder>>,
+    /// One a sharer.
+    pub fusers: Vec<TrainedFuser>,
+    pub mode: FusionMode,
+    pub recompute: Recompute,
+    pub dropout: f32,
+    pub seed: u64,
+    receiver_cache: BatchCache,
+    sharer_caches: Vec<BatchCache>,
+    pass: Option<TrainingPass>,
+    gradients: Vec<KvPages>,
+}
+
+/// How a batch is run.
+#[derive(Clone, Copy)]
+pub enum Run<'a> {
+    /// Soft gates with noise (one source a sharer), dropout, and gradients. `step` keys the dropped elements, `scale` is a factor
+    /// of the gradient of the batch's mean loss.
+    Learn { noise: &'a [&'a dyn GateNoise], step: u32, scale: f32 },
+    /// Hard gates, no dropout, no gradients.
+    Measure,
+}
+
+/// What a batch gave.
+#[derive(Clone, Debug, Default)]
+pub struct BatchReport {
+    /// Mean over all labels of the batch, nats.
+    pub loss: f64,
+    pub labels: usize,
+    /// Receiver and sharer tokens that went through a model.
+    pub receiver_tokens: usize,
+    pub sharer_tokens: usize,
+    pub phases: Phases,
+}
+
+/// Device time of the phases of a batch.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Phases {
+    pub sharer: Duration,
+    /// The prompt and, behind the fuse, the answer.
+    pub receiver: Duration,
+    pub fuse: Duration,
+    pub loss: Duration,
+    /// Receiver and fuser.
+    pub backward: Duration,
+}
+
+/// Where a sample is cut: its prompt up to the end of the fused section, and the rest.
+struct Cut {
+    fused: std::ops::Range<usize>,
+    mask: u32,
+}
+
+fn cut(sample: &Sample) -> Result<Cut, Error> {
+    let bad = |problem: &str| Err(Error::Sample { origin: sample.origin.clone(), problem: problem.into() });
+    let sections = &sample.prompt.sections;
+    let mut found = None;
+    let mut start = 0;
+    for section in &sections[..sections.len().saturating_sub(1)] {
+        let range = start..start + section.len;
+        start = range.end;
+        if section.sharer_mask == 0 {
+            continue;
+        }
+        if found.is_some() {
+            return bad(
+                "has several fused sections: the receiver's tokens of a later one depend on the fuser through an \
+                 earlier one, which the backward pass does not follow; keep to one message before the answer",
+            );
+        }
+        found = Some(Cut { fused: range, mask: section.sharer_mask });
+    }
+    let Some(cut) = found else { return bad("has nothing to fuse before its answer") };
+    if sample.labels[..cut.fused.end].iter().any(|&label| label != IGNORED) {
+        return bad("is to be learned from inside its fused section, which the fuser does not change");
+    }
+    if sample.labelled() == 0 {
+        return bad("has no token to be learned from");
+    }
+    Ok(cut)
+}
+
+impl PairTrainer {
+    /// # Panics
+    /// If there are not as many fusers as sharers.
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        queue: Queue,
+        receiver: Arc<Decoder>,
+        sharers: Vec<Arc<Decoder>>,
+        fusers: Vec<TrainedFuser>,
+        mode: FusionMode,
+        kv: DType,
+        recompute: Recompute,
+        dropout: f32,
+        seed: u64,
+    ) -> Result<PairTrainer, Error> {
+        assert_eq!(sharers.len(), fusers.len(), "a fuser for each sharer");
+        let sharer_caches = sharers.iter().map(|sharer| BatchCache::new(&queue, sharer, kv));
+        let sharer_caches = sharer_caches.collect::<Result<_, _>>()?;
+        let receiver_cache = BatchCache::new(&queue, &receiver, kv)?;
+        let (pass, gradients) = (None, Vec::new());
+        Ok(PairTrainer {
+            queue,
+            receiver,
+            sharers,
+            fusers,
+            mode,
+            recompute,
+            dropout,
+            seed,
+            receiver_cache,
+            sharer_caches,
+            pass,
+            gradients,
+        })
+    }
+
+    /// Whether this trainer can learn from the sample.
+    pub fn check(sample: &Sample) -> Result<(), Error> {
+        cut(sample).map(|_| ())
+    }
+
+    /// Runs a batch; with [`Run::Learn`] all gradients grow.
+    pub fn run(&mut self, samples: &[&Sample], run: Run) -> Result<BatchReport, Error> {
+        let cuts = samples.iter().map(|sample| cut(sample)).collect::<Result<Vec<Cut>, _>>()?;
+        let queue = self.queue.clone();
+        let begin = queue.record();
+        let sharer_tokens = self.read_sharers(samples)?;
+        let shared = queue.record();
+
+        let receiver = self.receiver.clone();
+        let lengths: Vec<usize> = samples.iter().map(|sample| sample.tokens()).collect();
+        self.receiver_cache.begin(&queue, &receiver, &lengths)?;
+        let prompts: Vec<Piece> =
+            samples.iter().zip(&cuts).map(|(s, cut)| piece(s, 0..cut.fused.end)).collect();
+        self.receiver_cache.prefill(&queue, &receiver, &prompts)?;
+        let prompted = queue.record();
+        let columns = self.fuse(samples, &cuts, run)?;
+        let fused = queue.record();
+
+        let answers: Vec<Piece> =
+            samples.iter().zip(&cuts).map(|(s, cut)| piece(s, cut.fused.end..s.tokens())).collect();
+        let batch = self.receiver_cache.append(&queue, &receiver, &answers)?;
+        let labels = samples.iter().zip(&cuts).flat_map(|(s, cut)| &s.labels[cut.fused.end..]);
+        let (rows, labels): (Vec<u32>, Vec<u32>) =
+            (0u32..).zip(labels.copied()).filter(|(_, label)| *label != IGNORED).unzip();
+        let context = batch.max_blocks * self.receiver_cache.kv.block_size();
+        let pass = self.pass_for(batch.tokens, rows.len(), context)?;
+        pass.forward(&queue, &receiver, &batch, self.receiver_cache.kv.layers())?;
+        let answered = queue.record();
+        let (learn, scale) = match run {
+            Run::Learn { scale, .. } => (true, scale),
+            Run::Measure => (false, 0.0),
+        };
+        let scale = scale / labels.len().max(1) as f32;
+        let losses = pass.loss(
+            &queue,
+            &receiver,
+            batch.tokens,
+            Labels { rows: &rows, labels: &labels, scale },
+            None,
+            learn,
+        )?;
+        let judged = queue.record();
+        if learn {
+            self.backward(&batch, &pass, &columns)?;
+        }
+        self.pass = Some(pass);
+        let end = queue.record();
+        queue.synchronize()?;
+
+        let spent = |to: &Event, from: &Event| to.elapsed_since(from).unwrap_or_default();
+        Ok(BatchReport {
+            loss: losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / losses.len().max(1) as f64,
+            labels: losses.len(),
+            receiver_tokens: lengths.iter().sum(),
+            sharer_tokens,
+            phases: Phases {
+                sharer: spent(&shared, &begin),
+                receiver: spent(&prompted, &shared) + spent(&answered, &fused),
+                fuse: spent(&fused, &prompted),
+                loss: spent(&judged, &answered),
+                backward: spent(&end, &judged),
+            },
+        })
+    }
+
+    /// Fills the sharers' caches; the number of tokens they read.
+    fn read_sharers(&mut self, samples: &[&Sample]) -> Result<usize, Error> {
+        let mut tokens = 0;
+        for (s, (decoder, cache)) in self.sharers.iter().zip(&mut self.sharer_caches).enumerate() {
+            let pieces: Vec<Piece> = samples
+                .iter()
+                .map(|sample| &sample.prompt.sharers[s])
+                .map(|own| Piece { ids: &own.ids, positions: &own.positions })
+                .collect();
+            let lengths: Vec<usize> = pieces.iter().map(|piece| piece.ids.len()).collect();
+            tokens += lengths.iter().sum::<usize>();
+            cache.begin(&self.queue, decoder, &lengths)?;
+            if lengths.iter().any(|&len| len > 0) {
+                cache.prefill(&self.queue, decoder, &pieces)?;
+            }
+        }
+        Ok(tokens)
+    }
+
+    /// The memory of the last pass where it is large enough.
+    fn pass_for(&mut self, tokens: usize, labels: usize, context: usize) -> Result<TrainingPass, Error> {
+        match self.pass.take().filter(|pass| pass.fits(tokens, context)) {
+            Some(pass) => Ok(pass),
+            None => {
+                let (config, precision) = (&self.receiver.config, self.receiver.precision);
+                TrainingPass::new(&self.queue, config, precision, tokens, labels, context, self.recompute)
+            }
+        }
+    }
+
+    fn slots(&self, slots: &[u32]) -> Result<Tensor, Error> {
+        Ok(self.queue.tensor(slots, &[slots.len()], "slots")?)
+    }
+
+    /// Fuses every sharer's columns into the receiver's cache. The columns of [`Run::Learn`] are kept, one entry a sharer.
+    fn fuse(
+        &mut self,
+        samples: &[&Sample],
+        cuts: &[Cut],
+        run: Run,
+    ) -> Result<Vec<Option<FusedColumns>>, Error> {
+        let mut kept = Vec::new();
+        let live = self.receiver_cache.kv.layers();
+        let several = self.sharers.len() > 1 && self.mode == FusionMode::Parallel;
+        // Sharers in parallel all read the plain cache while the sum grows in place.
+        let plain = several.then(|| self.plain_copies()).transpose()?;
+        for (s, fuser) in self.fusers.iter().enumerate() {
+            let (mut source, mut target) = (Vec::new(), Vec::new());
+            for (i, (sample, cut)) in samples.iter().zip(cuts).enumerate() {
+                if cut.mask >> s & 1 == 0 {
+                    continue;
+                }
+                for token in cut.fused.clone() {
+                    if let Some(Some(column)) = sample.prompt.sharers[s].columns.get(token) {
+                        source.push(self.sharer_caches[s].slots[i][*column as usize]);
+                        target.push(self.receiver_cache.slots[i][token]);
+                    }
+                }
+            }
+            if source.is_empty() {
+                kept.push(None);
+                continue;
+            }
+            let (source, target) = (self.slots(&source)?, self.slots(&target)?);
+            let hard = fuser.hard_gates();
+            let calls: Vec<LayerCall> = (0..live.len())
+                .filter_map(|layer| {
+                    let route = fuser.fuser.route(layer)?;
+                    Some(LayerCall {
+                        layer,
+                        gates: hard[route.projector],
+                        source: &self.sharer_caches[s].kv.layers()[route.sharer],
+                        target: plain.as_ref().map_or(&live[layer], |plain| &plain[layer]),
+                        base: &live[layer],
+                        out: &live[layer],
+                    })
+                })
+                .collect();
+            let precision = self.receiver.precision;
+            kept.push(match run {
+                Run::Learn { noise, step, .. } => Some(fuser.forward(
+                    &self.queue,
+                    FuseRequest {
+                        layers: &calls,
+                        source_slots: source,
+                        target_slots: target,
+                        precision,
+                        dropout: self.dropout,
+                        seed: self.seed,
+                        step,
+                        noise: noise[s],
+                    },
+                )?),
+                Run::Measure => {
+                    fuser.measure(&self.queue, &calls, &source, &target, precision)?;
+                    None
+                }
+            });
+        }
+        Ok(kept)
+    }
+
+    /// The receiver's whole cache as it is before the first sharer.
+    fn plain_copies(&self) -> Result<Vec<KvPages>, Error> {
+        let slots: Vec<u32> = self.receiver_cache.slots.iter().flatten().copied().collect();
+        let slots = self.slots(&slots)?;
+        let backend = self.queue.backend();
+        let mut copies = Vec::new();
+        for live in self.receiver_cache.kv.layers() {
+            let page = |like: &Tensor| backend.alloc(like.dtype(), like.shape(), "plain cache");
+            let copy = KvPages { keys: page(&live.keys)?, values: page(&live.values)? };
+            ops::copy_slots(&self.queue, live, &slots, &copy, &slots)?;
+            copies.push(copy);
+        }
+        Ok(copies)
+    }
+
+    fn backward(
+        &mut self,
+        batch: &crate::model::Batch,
+        pass: &TrainingPass,
+        columns: &[Option<FusedColumns>],
+    ) -> Result<(), Error> {
+        let queue = self.queue.clone();
+        let pages = self.receiver_cache.kv.layers();
+        let layers = pages.len();
+        let fused: Vec<bool> =
+            (0..layers).map(|l| columns.iter().flatten().any(|columns| columns.has(l))).collect();
+        let Some(lowest) = fused.iter().position(|&fused| fused) else { return Ok(()) };
+        let bytes = 4 * (pages[0].keys.elements() + pages[0].values.elements());
+        let group = (GRADIENT_PAGES / bytes.max(1)).clamp(1, layers - lowest);
+        if self.gradients.len() < group || self.gradients[0].blocks() < pages[0].blocks() {
+            let make = (0..group).map(|_| gradient_pages(queue.backend(), &pages[0]));
+            self.gradients = make.collect::<Result<_, _>>()?;
+        }
+        let gradients: Vec<KvPages> =
+            self.gradients.iter().map(|all| first_blocks(all, pages[0].blocks())).collect();
+        let dkv = |layer: usize| gradients[layer % group].clone();
+        let (fusers, sequential) = (&self.fusers, self.mode == FusionMode::Sequential);
+        let mut waiting: Vec<usize> = Vec::new();
+        pass.backward(
+            &queue,
+            &self.receiver,
+            batch,
+            pages,
+            None,
+            lowest,
+            |layer| {
+                let pages = dkv(layer);
+                ops::zero(&queue, &pages.keys)?;
+                ops::zero(&queue, &pages.values)?;
+                Ok(pages)
+            },
+            |layer| {
+                waiting.push(layer);
+                if waiting.len() < group && layer > lowest {
+                    return Ok(());
+                }
+                // In reverse: what a later sharer read was what an earlier one had left.
+                for (s, (fuser, columns)) in fusers.iter().zip(columns).enumerate().rev() {
+                    if let Some(columns) = columns {
+                        fuser.backward(&queue, columns, &waiting, dkv, sequential && s > 0)?;
+                    }
+                }
+                waiting.clear();
+                Ok(())
+            },
+        )?;
+        for (fuser, columns) in self.fusers.iter_mut().zip(columns) {
+            if let Some(columns) = columns {
+                fuser.gates_backward(&queue, columns)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn first_blocks(pages: &KvPages, blocks: usize) -> KvPages {
+    let first = |tensor: &Tensor| tensor.narrow(0, blocks).expect("as large as the cache");
+    KvPages { keys: first(&pages.keys), values: first(&pages.values) }
+}
+
+fn piece(sample: &Sample, range: std::ops::Range<usize>) -> Piece<'_> {
+    Piece { ids: &sample.prompt.ids[range.clone()], positions: &sample.prompt.positions[range] }
+}
