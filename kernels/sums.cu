@@ -1,5 +1,5 @@
 // Sums in an order that depends on nothing but their length.
-#include "common.cuh"
+#include "sums.cuh"
 
 // Twin of `backend::cuda::sums::SumRowsArgs`.
 struct SumRowsArgs {
@@ -8,24 +8,9 @@ struct SumRowsArgs {
     uint32_t rows, cols, stride;
 };
 
-constexpr unsigned LINES = 16;
-
-// out[c] += the sum of column c. A warp adds every 16th row of 32 columns, then the first warp the sums of all.
 // Grid (cols / 32).
 extern "C" __global__ void __launch_bounds__(LINES* WARP) sum_rows(const __grid_constant__ SumRowsArgs a) {
-    __shared__ float sums[LINES][WARP];
-    const uint32_t lane = threadIdx.x % WARP, line = threadIdx.x / WARP, column = blockIdx.x * WARP + lane;
-    float sum = 0.f;
-    if (column < a.cols) {
-#pragma unroll 4
-        for (uint32_t row = line; row < a.rows; row += LINES) sum += a.x[size_t(row) * a.stride + column];
-    }
-    sums[line][lane] = sum;
-    __syncthreads();
-    if (line > 0 || column >= a.cols) return;
-#pragma unroll
-    for (unsigned i = 1; i < LINES; ++i) sum += sums[i][lane];
-    a.out[column] += sum;
+    add_rows(a.x, a.rows, a.stride, a.out, a.cols);
 }
 
 // Twin of `backend::cuda::sums::SumOfSquaresArgs`.

@@ -3,9 +3,11 @@
 mod device;
 
 use c2c::{
-    backend::{Backend, DType, Precision, Queue, Tensor, cuda::Cuda},
+    backend::{Backend, DType, Precision, Queue, Tensor, Training, cuda::Cuda},
     ops::{
-        self, Activation, AdamwParams, CrossEntropyParams, EmbedParams, KvPages, NormOutput, RmsNormParams,
+        self, Activation, AdamwParams, AttentionGrads, AttentionOperands, AttentionParams,
+        CrossEntropyParams, EmbedParams, KvPages, LinearBackwardParams, NormOutput, RmsNormParams, Weight,
+        WeightPart,
     },
     rng::{Purpose, Rng, Stream},
 };
@@ -527,23 +529,22 @@ fn linear_backward() {
 #[test]
 fn attention_backward() {
     let Some(gpu) = Gpu::open() else { return };
-    // New tokens and keys of each sequence.
-    type Sequences = &'static [(usize, usize)];
+    // `sequences`: new tokens and keys of each.
     for (heads, kv_heads, dim, sequences, window, soft_cap, dtype) in [
-        (1, 1, 8, &[(1, 1)] as Sequences, 0, 0.0, DType::F32),
-        (4, 2, 54, &[(7, 7), (2, 20), (33, 70)], 0, 0.0, DType::F32),
-        (3, 1, 96, &[(20, 90)], 24, 2.0, DType::F32),
-        (2, 1, 256, &[(5, 9)], 0, 0.0, DType::F32),
-        (4, 2, 64, &[(40, 70), (3, 3)], 0, 0.0, DType::Bf16),
-        (4, 4, 128, &[(70, 80)], 20, 3.0, DType::Bf16),
-        (1, 1, 256, &[(9, 9)], 0, 0.0, DType::Bf16),
+        (1, 1, 8, vec![(1usize, 1usize)], 0, 0.0, DType::F32),
+        (4, 2, 54, vec![(7, 7), (2, 20), (33, 70)], 0, 0.0, DType::F32),
+        (3, 1, 96, vec![(20, 90)], 24, 2.0, DType::F32),
+        (2, 1, 256, vec![(5, 9)], 0, 0.0, DType::F32),
+        (4, 2, 64, vec![(40, 70), (3, 3)], 0, 0.0, DType::Bf16),
+        (4, 4, 128, vec![(70, 80)], 20, 3.0, DType::Bf16),
+        (1, 1, 256, vec![(9, 9)], 0, 0.0, DType::Bf16),
     ] {
         let block_size = 16;
         let tokens: usize = sequences.iter().map(|s| s.0).sum();
         let (stride, width) = ((heads + 2 * kv_heads) * dim, heads * dim);
         let max_blocks = sequences.iter().map(|s| s.1.div_ceil(block_size)).max().unwrap() + 1;
         let (mut tables, mut cu_q, mut blocks) = (vec![], vec![0u32], 1);
-        for &(new, context) in sequences {
+        for &(new, context) in &sequences {
             let used = context.div_ceil(block_size);
             // From the last to the first.
             tables.extend((0..used).rev().map(|block| (blocks + block) as u32));
@@ -662,4 +663,231 @@ fn attention_backward() {
         gpu.expect(&name("dk"), &grads.dkv.keys, &dk, tolerance);
         gpu.expect(&name("dv"), &grads.dkv.values, &dv, tolerance);
     }
+}
+
+/// A fuser of some layers in training.
+#[derive(Clone, Copy)]
+struct Fuser {
+    layers: usize,
+    tokens: usize,
+    source: (usize, usize),
+    target: (usize, usize),
+    hidden: usize,
+    inner: usize,
+    blocks: usize,
+    stage: usize,
+    scalar: bool,
+    use_target: bool,
+    /// Gradients of what the projector read go to the pages of the others.
+    through: bool,
+    dropout: f32,
+    /// All layers have one projector.
+    shared: bool,
+}
+
+/// Operands of one device: the same numbers on every one.
+struct Maker<'q> {
+    queue: &'q Queue,
+    made: u32,
+}
+
+impl Maker<'_> {
+    fn tensor(&mut self, dims: &[usize], size: f32) -> Tensor {
+        self.made += 1;
+        let mut x = vec![0.0; dims.iter().product()];
+        Rng::new(2, Stream::new(Purpose::Init, self.made), 0).fill_uniform(0, &mut x);
+        x.iter_mut().for_each(|x| *x = size * (2.0 * *x - 1.0));
+        self.queue.tensor(&x, dims, "a test").unwrap()
+    }
+
+    fn linear(&mut self, rows: usize, cols: usize, bias: bool) -> Weight {
+        let matrix = self.tensor(&[rows, cols], (3.0 / cols as f32).sqrt());
+        Weight { parts: vec![WeightPart { matrix, bias: bias.then(|| self.tensor(&[rows], 1.0)) }] }
+    }
+
+    fn ffn(&mut self, hidden: usize, inner: usize) -> ops::Ffn {
+        ops::Ffn {
+            norm: self.tensor(&[hidden], 1.0),
+            w1: self.linear(inner, hidden, false),
+            w2: self.linear(hidden, inner, false),
+        }
+    }
+
+    fn pages(&mut self, (heads, dim): (usize, usize), tokens: usize) -> KvPages {
+        let dims = [tokens.div_ceil(8) + 1, heads, 8, dim];
+        KvPages { keys: self.tensor(&dims, 1.0), values: self.tensor(&dims, 1.0) }
+    }
+
+    fn projector(&mut self, f: Fuser) -> Arc<ops::Projector> {
+        let (source, target) = (f.source.0 * f.source.1, f.target.0 * f.target.1);
+        let staged = if f.stage > 0 { target } else { source };
+        Arc::new(ops::Projector {
+            source_stage: (f.stage > 0).then(|| ops::SourceStage {
+                input: self.linear(f.stage, source, true),
+                ffn: self.ffn(f.stage, f.inner),
+                output: self.linear(target, f.stage, true),
+            }),
+            input: self.linear(f.hidden, staged + if f.use_target { target } else { 0 }, true),
+            mlp1: self.ffn(f.hidden, f.inner),
+            scalar: f.scalar.then(|| (self.ffn(f.hidden, f.hidden), self.linear(f.target.0, f.hidden, true))),
+            blocks: (0..f.blocks).map(|_| self.ffn(f.hidden, f.inner)).collect(),
+            output: self.linear(target, f.hidden, true),
+        })
+    }
+}
+
+/// Every tensor of a projector, named.
+fn tensors(p: &ops::Projector) -> Vec<(String, Tensor)> {
+    fn linear(name: &str, weight: &Weight, all: &mut Vec<(String, Tensor)>) {
+        all.push((name.into(), weight.parts[0].matrix.clone()));
+        all.extend(weight.parts[0].bias.iter().map(|bias| (format!("{name} bias"), bias.clone())));
+    }
+    fn ffn(name: &str, ffn: &ops::Ffn, all: &mut Vec<(String, Tensor)>) {
+        all.push((format!("{name} norm"), ffn.norm.clone()));
+        linear(&format!("{name} w1"), &ffn.w1, all);
+        linear(&format!("{name} w2"), &ffn.w2, all);
+    }
+    let mut all = vec![];
+    if let Some(stage) = &p.source_stage {
+        linear("stage input", &stage.input, &mut all);
+        ffn("stage", &stage.ffn, &mut all);
+        linear("stage output", &stage.output, &mut all);
+    }
+    linear("input", &p.input, &mut all);
+    ffn("mlp1", &p.mlp1, &mut all);
+    if let Some((block, head)) = &p.scalar {
+        ffn("scalar", block, &mut all);
+        linear("head", head, &mut all);
+    }
+    p.blocks.iter().for_each(|block| ffn("block", block, &mut all));
+    linear("output", &p.output, &mut all);
+    all
+}
+
+/// Forward and backward on one device: all that they write.
+fn train_fuser(queue: &Queue, f: Fuser, precision: Precision) -> Vec<(String, Vec<f32>)> {
+    let mut maker = Maker { queue, made: 0 };
+    let slots = |start: u32| {
+        let slots: Vec<u32> = (0..f.tokens as u32).map(|t| start + t).collect();
+        queue.tensor(&slots, &[f.tokens], "a test").unwrap()
+    };
+    let (mut layers, mut tapes, mut grads) = (vec![], vec![], vec![]);
+    let shared = [0; 4].map(|_| maker.projector(f));
+    let (source_width, target_width) = (f.source.0 * f.source.1, f.target.0 * f.target.1);
+    let extent = ops::FuseExtent::new(&shared[0], source_width, target_width, f.target.0);
+    let extent = ops::FuseExtent { layers: f.layers, tokens: f.tokens, ..extent };
+    let scratch = |need| {
+        let len = queue.backend().scratch_len(need);
+        queue.backend().alloc(DType::F32, &[len.max(1)], "a test").unwrap()
+    };
+    for layer in 0..f.layers {
+        let [keys, values, dkeys, dvalues] =
+            if f.shared { shared.clone() } else { [0; 4].map(|_| maker.projector(f)) };
+        let target = maker.pages(f.target, f.tokens);
+        layers.push(ops::FuseLayer {
+            keys,
+            values,
+            gates: [1.0; 2],
+            source: maker.pages(f.source, f.tokens),
+            base: target.clone(),
+            target,
+            out: maker.pages(f.target, f.tokens),
+        });
+        let gates = maker.tensor(&[2, f.tokens, f.target.0], 1.0);
+        let one = ops::FuseExtent { layers: 1, ..extent };
+        tapes.push(ops::FuseTape {
+            layer: 3 + layer as u32,
+            gates,
+            saved: scratch(ops::Scratch::FuseSaved(one)),
+        });
+        let dout = maker.pages(f.target, f.tokens);
+        grads.push(ops::FuseGrads {
+            keys: dkeys,
+            values: dvalues,
+            dtarget: f.through.then(|| dout.clone()),
+            dout,
+            dgates: maker.tensor(&[2, f.tokens, f.target.0], 1.0),
+        });
+    }
+    let operands = ops::FuseOperands {
+        layers,
+        source_slots: slots(1),
+        target_slots: slots(3),
+        base_slots: slots(3),
+        out_slots: slots(3),
+        scratch: scratch(ops::Scratch::Fuse(extent)),
+    };
+    let fuse = ops::FuseParams { tokens: f.tokens as u32, precision, use_target: f.use_target };
+    let p = ops::FuseTrainingParams { fuse, dropout: f.dropout, seed: 0x1234_5678_9abc_def0, step: 5 };
+    ops::fuse_forward(queue, p, &operands, &tapes).unwrap();
+    let backward =
+        ops::FuseOperands { scratch: scratch(ops::Scratch::FuseBackward(extent)), ..operands.clone() };
+    ops::fuse_backward(queue, p, &backward, &tapes, &grads).unwrap();
+    let mut made = vec![];
+    let mut keep = |name: String, tensor: &Tensor| made.push((name, queue.download_f32(tensor)));
+    for (layer, (operands, grads)) in operands.layers.iter().zip(&grads).enumerate() {
+        let name = |what: &str| format!("layer {layer}: {what}");
+        keep(name("fused keys"), &operands.out.keys);
+        keep(name("fused values"), &operands.out.values);
+        keep(name("dgates"), &grads.dgates);
+        keep(name("dkeys"), &grads.dout.keys);
+        keep(name("dvalues"), &grads.dout.values);
+        for (half, projector) in [("keys", &grads.keys), ("values", &grads.values)] {
+            for (what, tensor) in tensors(projector) {
+                keep(name(&format!("{half} {what}")), &tensor);
+            }
+        }
+    }
+    made.into_iter().map(|(name, values)| (name, values.unwrap())).collect()
+}
+
+#[test]
+fn fuser() {
+    let Some(gpu) = Gpu::open() else { return };
+    const C2C: Fuser = Fuser {
+        layers: 1,
+        tokens: 7,
+        source: (2, 32),
+        target: (4, 16),
+        hidden: 64,
+        inner: 96,
+        blocks: 1,
+        stage: 0,
+        scalar: true,
+        use_target: true,
+        through: true,
+        dropout: 0.0,
+        shared: false,
+    };
+    let cpu: Arc<dyn Backend> = c2c::backend::cpu::Cpu::with(
+        1,
+        c2c::backend::cpu::Simd::Portable,
+        c2c::backend::cpu::Schedule::Steady,
+    );
+    let cpu = Queue::new(&cpu).unwrap();
+    for f in [
+        Fuser { tokens: 1, ..C2C },
+        Fuser { layers: 3, tokens: 70, dropout: 0.3, blocks: 2, ..C2C },
+        Fuser { layers: 2, shared: true, tokens: 9, through: false, ..C2C },
+        Fuser { scalar: false, use_target: false, tokens: 33, dropout: 0.1, ..C2C },
+        Fuser { stage: 48, source: (1, 48), tokens: 20, dropout: 0.5, ..C2C },
+        Fuser { hidden: 61, inner: 53, source: (3, 10), target: (3, 6), tokens: 18, dropout: 0.2, ..C2C },
+    ] {
+        let expected = train_fuser(&cpu, f, Precision::F32);
+        for (precision, tolerance) in [(Precision::F32, 2e-5), (Precision::Fast, 2e-2)] {
+            let found = train_fuser(&gpu.queue, f, precision);
+            assert_eq!(found.len(), expected.len());
+            for ((name, found), (_, expected)) in found.iter().zip(&expected) {
+                let size = (wide(expected).iter().map(|x| x * x).sum::<f64>() / expected.len() as f64).sqrt();
+                let most =
+                    wide(found).iter().zip(wide(expected)).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
+                assert!(found.iter().all(|x| x.is_finite()), "{name}");
+                assert!(
+                    most <= 4.0 * tolerance * size,
+                    "{precision:?} {name}: off by {most:.3e}, rms {size:.3e}"
+                );
+            }
+        }
+    }
+    assert_eq!(gpu.soft.first_fault().map(|report| report.message), None);
 }

@@ -71,8 +71,9 @@ impl fmt::Display for Launch {
 #[cfg(test)]
 mod tests {
     use super::super::{
-        adamw, attention, attention_backward, cross_entropy, embed, fuse, glu, linear_backward,
-        linear_decode, module::MODULES, norm_backward, pages, pointwise, rope, rope_backward, sample, sums,
+        adamw, attention, attention_backward, cross_entropy, embed, fuse, fuse_training, glu,
+        linear_backward, linear_decode, module::MODULES, norm_backward, pages, pointwise, rope,
+        rope_backward, sample, sums,
     };
 
     /// The size of a kernel's one parameter, as the compiler of the other side laid it out.
@@ -95,6 +96,7 @@ mod tests {
             ("cross_entropy", size_of::<cross_entropy::CrossEntropyArgs>()),
             ("embed_backward", size_of::<embed::EmbedBackwardArgs>()),
             ("embed_", size_of::<embed::EmbedArgs>()),
+            ("fuse_training_", size_of::<fuse_training::FuseTrainingArgs>()),
             ("fuse_", size_of::<fuse::FuseArgs>()),
             ("gather_rows_", size_of::<pages::GatherRowsArgs>()),
             ("gemv_", size_of::<linear_decode::PartsArgs>()),

@@ -12,6 +12,7 @@ mod cross_entropy;
 mod embed;
 mod event;
 mod fuse;
+mod fuse_training;
 mod glu;
 mod launch;
 mod linear_backward;
@@ -35,7 +36,7 @@ pub use module::{MODULES, Module};
 
 use super::{
     Backend, DType, DrawTokens, Error, Event as AnyEvent, Graph as AnyGraph, Precision, Shape, Storage,
-    Tensor,
+    Tensor, Training,
 };
 use crate::ops;
 use arena::Arena;
@@ -234,12 +235,14 @@ impl Backend for Cuda {
             ops::Scratch::Attention { sequences, heads, head_dim, context } => {
                 attention::scratch_len(sequences, heads, head_dim, context)
             }
-            ops::Scratch::Fuse(extent) => fuse::scratch_len(extent),
+            ops::Scratch::Fuse(extent) => {
+                fuse::scratch_len(extent).max(fuse_training::forward_scratch_len(extent))
+            }
             ops::Scratch::AttentionBackward { tokens, heads, .. } => {
                 attention_backward::scratch_len(tokens, heads)
             }
-            // TRAINING
-            ops::Scratch::FuseSaved(_) | ops::Scratch::FuseBackward(_) => 0,
+            ops::Scratch::FuseSaved(extent) => fuse_training::saved_len(extent),
+            ops::Scratch::FuseBackward(extent) => fuse_training::backward_scratch_len(extent),
         }
     }
 
@@ -440,6 +443,10 @@ impl Backend for Cuda {
         }
         plan.launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
         plan.copies.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
+    }
+
+    fn training(&self) -> Option<&dyn Training> {
+        Some(self)
     }
 
     fn draw_tokens(&self) -> Option<&dyn DrawTokens> {

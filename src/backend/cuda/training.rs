@@ -1,13 +1,14 @@
 //! The ops of training on a GPU: each becomes its launches.
 
 use super::{
-    Cuda, adamw, attention_backward, cross_entropy, embed, glu, linear_backward, norm_backward,
-    rope_backward, sums,
+    Cuda, adamw, attention_backward, cross_entropy, embed, fuse_training, glu, linear_backward,
+    norm_backward, rope_backward, sums,
 };
 use crate::{
-    backend::{Backend, DType, Tensor},
+    backend::{Backend, DType, Tensor, Training},
     ops,
 };
+use cudarc::driver::result;
 
 impl Cuda {
     /// F32 elements for what one launch of an op leaves to the next. They are given back when all have been issued: the arena hands them out
@@ -22,10 +23,37 @@ impl Cuda {
             }
         }
     }
+
+    fn sum_rows(&self, queue: usize, x: u64, rows: usize, stride: usize, out: &Tensor) {
+        let (launch, args) = sums::sum_rows(x, rows, stride, out);
+        self.launch(queue, &launch, &args);
+    }
+
+    /// Sends a fuser's table of operands to the start of its scratch memory, then issues its launches.
+    fn run_fuser(&self, queue: usize, plan: &fuse_training::Plan, scratch: &Tensor) {
+        let stream = self.stream(queue);
+        self.issue(
+            || "uploading the fuser's table".into(),
+            || self.staging.upload(&stream, &plan.table, scratch.address()),
+        );
+        plan.launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
+    }
 }
 
-impl Cuda {
-    pub fn linear_backward_input(
+impl Training for Cuda {
+    fn zero(&self, queue: usize, x: &Tensor) {
+        let stream = self.stream(queue);
+        self.issue(
+            || format!("clearing {x:?}"),
+            || {
+                self.context.bind_to_thread()?;
+                // SAFETY: the bytes are those of the tensor, whose memory outlives what was issued on the stream.
+                unsafe { result::memset_d8_async(x.address(), 0, x.bytes(), stream.cu_stream()) }
+            },
+        );
+    }
+
+    fn linear_backward_input(
         &self,
         queue: usize,
         p: ops::LinearBackwardParams,
@@ -37,7 +65,7 @@ impl Cuda {
         launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
     }
 
-    pub fn linear_backward_weight(
+    fn linear_backward_weight(
         &self,
         queue: usize,
         p: ops::LinearBackwardParams,
@@ -56,7 +84,7 @@ impl Cuda {
     }
 
     #[allow(clippy::too_many_arguments)]
-    pub fn rms_norm_backward(
+    fn rms_norm_backward(
         &self,
         queue: usize,
         p: ops::RmsNormParams,
@@ -77,17 +105,12 @@ impl Cuda {
         self.sum_rows(queue, partials.address(), rows, cols, dweight);
     }
 
-    fn sum_rows(&self, queue: usize, x: u64, rows: usize, stride: usize, out: &Tensor) {
-        let (launch, args) = sums::sum_rows(x, rows, stride, out);
-        self.launch(queue, &launch, &args);
-    }
-
-    pub fn glu(&self, queue: usize, activation: ops::Activation, gate_up: &Tensor, out: &Tensor) {
+    fn glu(&self, queue: usize, activation: ops::Activation, gate_up: &Tensor, out: &Tensor) {
         let (launch, args) = glu::glu(activation, gate_up, out);
         self.launch(queue, &launch, &args);
     }
 
-    pub fn glu_backward(
+    fn glu_backward(
         &self,
         queue: usize,
         activation: ops::Activation,
@@ -99,7 +122,7 @@ impl Cuda {
         self.launch(queue, &launch, &args);
     }
 
-    pub fn embed_backward(
+    fn embed_backward(
         &self,
         queue: usize,
         p: ops::EmbedParams,
@@ -111,7 +134,7 @@ impl Cuda {
         self.launch(queue, &launch, &args);
     }
 
-    pub fn rope_backward(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeBackwardOperands) {
+    fn rope_backward(&self, queue: usize, p: ops::RopeParams, operands: &ops::RopeBackwardOperands) {
         let rows = rope_backward::partial_rows(p);
         let grads = [&operands.dq_norm, &operands.dk_norm];
         let mut partials = [None, None];
@@ -133,7 +156,7 @@ impl Cuda {
         }
     }
 
-    pub fn attention_backward(
+    fn attention_backward(
         &self,
         queue: usize,
         p: ops::AttentionParams,
@@ -144,7 +167,7 @@ impl Cuda {
         launches.iter().for_each(|launch| self.launch(queue, launch, &args));
     }
 
-    pub fn cross_entropy(
+    fn cross_entropy(
         &self,
         queue: usize,
         p: ops::CrossEntropyParams,
@@ -156,7 +179,7 @@ impl Cuda {
         self.launch(queue, &launch, &args);
     }
 
-    pub fn adamw(
+    fn adamw(
         &self,
         queue: usize,
         p: ops::AdamwParams,
@@ -169,9 +192,33 @@ impl Cuda {
         self.launch(queue, &launch, &args);
     }
 
-    pub fn sum_of_squares(&self, queue: usize, x: &Tensor, out: &Tensor) {
+    fn sum_of_squares(&self, queue: usize, x: &Tensor, out: &Tensor) {
         let Some(partials) = self.partials(sums::SQUARES_BLOCKS as usize) else { return };
         let (launches, args) = sums::sum_of_squares(x, &partials, out);
         launches.iter().for_each(|launch| self.launch(queue, launch, &args));
+    }
+
+    fn fuse_forward(
+        &self,
+        queue: usize,
+        p: ops::FuseTrainingParams,
+        extent: ops::FuseExtent,
+        operands: &ops::FuseOperands,
+        tapes: &[ops::FuseTape],
+    ) {
+        self.run_fuser(queue, &fuse_training::forward(p, extent, operands, tapes), &operands.scratch);
+    }
+
+    fn fuse_backward(
+        &self,
+        queue: usize,
+        p: ops::FuseTrainingParams,
+        extent: ops::FuseExtent,
+        operands: &ops::FuseOperands,
+        tapes: &[ops::FuseTape],
+        grads: &[ops::FuseGrads],
+    ) {
+        let plans = fuse_training::backward(p, extent, operands, tapes, grads);
+        plans.iter().for_each(|plan| self.run_fuser(queue, plan, &operands.scratch));
     }
 }
