@@ -35,7 +35,8 @@ fn difference(a: &[f32], b: &[f32]) -> (f64, f64) {
     (most, size)
 }
 
-/// |ours − f32| ≤ 2 · |the same op in that precision by plain arithmetic − f32|, and an allowance of `floor` of the output's size.
+/// |ours − f32| ≤ 2 (in training 3) · |the same op in that precision by plain arithmetic − f32|, and an allowance of `floor` of the
+/// output's size.
 fn judge(case: &Case, reference: &[Made], plain: &[Made], ours: &[Made], floor: f64) -> Result<(), String> {
     assert!(!reference.is_empty() && reference.len() == ours.len(), "{case:?}: outputs");
     for ((reference, plain), ours) in reference.iter().zip(plain).zip(ours) {
@@ -44,7 +45,13 @@ fn judge(case: &Case, reference: &[Made], plain: &[Made], ours: &[Made], floor: 
         let (allowed, _) = difference(&plain.values, &reference.values);
         let (found, size) = difference(&ours.values, &reference.values);
         // A plain fuser in bf16 would round the rows between its products too, which this one in f32 does not.
-        let times = if case.op() == "fuse" { 4.0 } else { 2.0 };
+        let times = if case.op() == "fuse" {
+            4.0
+        } else if case.trains() {
+            3.0
+        } else {
+            2.0
+        };
         // Of a few numbers the plain ones may all be exact by luck.
         let luck = if allowed > 0.0 && ours.values.len() < 32 { size / 256.0 } else { 0.0 };
         let limit = times * allowed + floor * size + luck;
@@ -78,7 +85,11 @@ fn on_a_gpu(how: Run, plain_run: Run) {
     let Some(mut gpu) = device::gpu() else { return };
     let plain = plain_cpu();
     let mut failures = Vec::new();
-    for case in table() {
+    let trains = gpu.backend.training().is_some();
+    if !trains {
+        eprintln!("skipped: ops of training, which {} lacks", gpu.backend.description());
+    }
+    for case in table().into_iter().filter(|case| trains || !case.trains()) {
         let reference = run(&case, &plain, F32).unwrap();
         let rounded = run(&case, &plain, plain_run).unwrap();
         match run(&case, &gpu.backend, how) {

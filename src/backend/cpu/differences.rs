@@ -6,22 +6,25 @@ use crate::{
     rng::{Purpose, Rng, Stream},
 };
 
-/// Gradient of `f` at `x` by four-point central differences: exact to about ten digits.
-pub(super) fn gradient(x: &[f64], mut f: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
+/// Derivatives of `f` at `x` by its elements `indices`, from four-point central differences: exact to about ten digits.
+pub(super) fn gradient_at(x: &[f64], indices: &[usize], mut f: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
     const STEP: f64 = 5e-4;
     let mut x = x.to_vec();
-    (0..x.len())
-        .map(|i| {
-            let center = x[i];
-            let mut at = |steps: f64| {
-                x[i] = center + steps * STEP;
-                let y = f(&x);
-                x[i] = center;
-                y
-            };
-            (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * STEP)
-        })
-        .collect()
+    let derivative = |&i: &usize| {
+        let center = x[i];
+        let mut at = |steps: f64| {
+            x[i] = center + steps * STEP;
+            let y = f(&x);
+            x[i] = center;
+            y
+        };
+        (8.0 * (at(1.0) - at(-1.0)) - (at(2.0) - at(-2.0))) / (12.0 * STEP)
+    };
+    indices.iter().map(derivative).collect()
+}
+
+pub(super) fn gradient(x: &[f64], f: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
+    gradient_at(x, &(0..x.len()).collect::<Vec<usize>>(), f)
 }
 
 /// Numbers in ±1, some far out as activations have them.
@@ -51,16 +54,25 @@ pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
+/// The largest magnitude.
+pub(super) fn largest(x: &[f64]) -> f64 {
+    x.iter().fold(0.0, |most: f64, x| most.max(x.abs()))
+}
+
 /// Every element of `found` within `share` of the largest of `exact`.
 #[track_caller]
 pub(super) fn assert_close(found: &[f32], exact: &[f64], share: f64, what: &str) {
+    assert_within(found, exact, share * largest(exact).max(1e-30), what)
+}
+
+#[track_caller]
+pub(super) fn assert_within(found: &[f32], exact: &[f64], allowed: f64, what: &str) {
     assert_eq!(found.len(), exact.len(), "{what}");
-    let largest = exact.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
     for (i, (&found, exact)) in found.iter().zip(exact).enumerate() {
         let off = (f64::from(found) - exact).abs();
         assert!(
-            off <= share * largest.max(1e-30),
-            "{what}, element {i}: {found}, expected {exact}; the largest is {largest}"
+            off <= allowed,
+            "{what}, element {i}: {found}, expected {exact}, off by {off:e}, allowed {allowed:e}"
         );
     }
 }

@@ -31,7 +31,7 @@ pub(super) fn adamw(
 
 vectorized! {
     fn update(p: AdamwParams, grad: &mut [f32], m: &mut [f32], v: &mut [f32], weights: &mut [f32]) {
-        let keep = 1.0 - p.learning_rate * p.weight_decay;
+        let decay = p.learning_rate * p.weight_decay;
         let (new1, new2) = (1.0 - p.beta1, 1.0 - p.beta2);
         let step = p.learning_rate / p.correction1;
         let inverse2 = 1.0 / p.correction2;
@@ -40,7 +40,8 @@ vectorized! {
             *grad = 0.0;
             *m = p.beta1 * *m + new1 * g;
             *v = p.beta2 * *v + new2 * (g * g);
-            *w = keep * *w - step * *m / ((*v * inverse2).sqrt() + p.eps);
+            // One rounding: 1 − decay is hardly told from 1 in f32.
+            *w -= decay * *w + step * *m / ((*v * inverse2).sqrt() + p.eps);
         }
     }
 }

@@ -143,6 +143,8 @@ fn slope(activation: Activation, x: f32) -> f32 {
             sigmoid + x * sigmoid * (e * sigmoid)
         }
         Activation::GeluTanh => {
+            // Far out it is a line, while the cube goes on growing.
+            let x = x.clamp(-20.0, 20.0);
             let u = 0.797_884_6 * (x + 0.044_715 * x * x * x);
             let du = 0.797_884_6 * (1.0 + 3.0 * 0.044_715 * x * x);
             let e = exp(-2.0 * u);

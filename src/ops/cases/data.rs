@@ -136,6 +136,12 @@ impl Data {
         self.keep(name, false, &values, dims, dims[dims.len() - 1])
     }
 
+    /// F32 that is changed in place and not negative.
+    pub fn squares(&mut self, name: &str, len: usize) -> Result<Tensor, Error> {
+        let values: Vec<f32> = self.numbers(len).into_iter().map(|x| 1e-3 * x * x).collect();
+        self.keep(name, false, &values, &[len], len)
+    }
+
     /// Activations of which the first `columns` of each row are changed in place, and the others not compared.
     pub fn in_place(&mut self, name: &str, dims: &[usize], columns: usize) -> Result<Tensor, Error> {
         let values = self.numbers(dims.iter().product());
@@ -270,9 +276,31 @@ impl Data {
         head_dim: usize,
         block_size: usize,
     ) -> Result<KvPages, Error> {
+        self.read_pages(self.page_dtype(), slots, kv_heads, head_dim, block_size)
+    }
+
+    /// The same in F32: gradients.
+    pub fn float_pages(
+        &mut self,
+        slots: &[u32],
+        kv_heads: usize,
+        head_dim: usize,
+        block_size: usize,
+    ) -> Result<KvPages, Error> {
+        self.read_pages(DType::F32, slots, kv_heads, head_dim, block_size)
+    }
+
+    fn read_pages(
+        &mut self,
+        dtype: DType,
+        slots: &[u32],
+        kv_heads: usize,
+        head_dim: usize,
+        block_size: usize,
+    ) -> Result<KvPages, Error> {
         let mut half = || {
             let (values, dims, _) = self.page_values(slots, kv_heads, head_dim, block_size, true);
-            Ok::<Tensor, Error>(self.place(self.page_dtype(), &values, &dims)?.0)
+            Ok::<Tensor, Error>(self.place(dtype, &values, &dims)?.0)
         };
         Ok(KvPages { keys: half()?, values: half()? })
     }
@@ -286,7 +314,7 @@ impl Data {
         head_dim: usize,
         block_size: usize,
     ) -> Result<KvPages, Error> {
-        self.kept_pages(name, slots, [kv_heads, head_dim, block_size], false)
+        self.kept_pages(name, self.page_dtype(), slots, [kv_heads, head_dim, block_size], false)
     }
 
     /// Pages that an op changes at `slots`.
@@ -298,19 +326,32 @@ impl Data {
         head_dim: usize,
         block_size: usize,
     ) -> Result<KvPages, Error> {
-        self.kept_pages(name, slots, [kv_heads, head_dim, block_size], true)
+        self.kept_pages(name, self.page_dtype(), slots, [kv_heads, head_dim, block_size], true)
+    }
+
+    /// The same in F32: gradients that are added to.
+    pub fn float_pages_in_out(
+        &mut self,
+        name: &str,
+        slots: &[u32],
+        kv_heads: usize,
+        head_dim: usize,
+        block_size: usize,
+    ) -> Result<KvPages, Error> {
+        self.kept_pages(name, DType::F32, slots, [kv_heads, head_dim, block_size], true)
     }
 
     fn kept_pages(
         &mut self,
         name: &str,
+        dtype: DType,
         slots: &[u32],
         [kv_heads, head_dim, block_size]: [usize; 3],
         filled: bool,
     ) -> Result<KvPages, Error> {
         let mut half = |half: &str| {
             let (values, dims, rows) = self.page_values(slots, kv_heads, head_dim, block_size, filled);
-            let (view, whole) = self.place(self.page_dtype(), &values, &dims)?;
+            let (view, whole) = self.place(dtype, &values, &dims)?;
             let name = format!("{name}, {half}");
             let (columns, row, rows) = (head_dim, head_dim, Some(rows));
             self.outputs.push(Output { name, whole, columns, row, activation: false, rows });

@@ -5,9 +5,11 @@
 
 mod data;
 mod table;
+mod training;
 
 pub use data::Made;
 pub use table::table;
+pub use training::TrainingCase;
 
 use super::*;
 use crate::backend::{self, Precision, Queue};
@@ -82,6 +84,20 @@ pub enum Case {
         elements: usize,
     },
     Fuse(FuseCase),
+    Training(TrainingCase),
+}
+
+/// Heads and sequences of attention.
+#[derive(Clone, Debug)]
+pub struct AttentionShape {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// New tokens and keys of each sequence.
+    pub sequences: Vec<(usize, usize)>,
+    pub block_size: usize,
+    pub window: usize,
+    pub soft_cap: f32,
 }
 
 /// A fuser of some layers.
@@ -138,7 +154,13 @@ impl Case {
             Case::CopySlots { .. } => "copy_slots",
             Case::SoftCap { .. } => "soft_cap",
             Case::Fuse(_) => "fuse",
+            Case::Training(case) => case.op(),
         }
+    }
+
+    /// Whether only a device that trains has the op.
+    pub fn trains(&self) -> bool {
+        matches!(self, Case::Training(_))
     }
 
     /// Runs the op on `queue` and returns every output as f32.
@@ -215,40 +237,10 @@ impl Case {
                 window,
                 soft_cap,
             } => {
-                let tokens: usize = sequences.iter().map(|s| s.0).sum();
-                let q_stride = (heads + 2 * kv_heads) * head_dim;
-                let (tables, max_blocks, slots) = data.tables(sequences, block_size);
-                let mut cu_q = vec![0u32];
-                for &(new, _) in sequences {
-                    cu_q.push(cu_q[cu_q.len() - 1] + new as u32);
-                }
-                let context: Vec<u32> = sequences.iter().map(|s| s.1 as u32).collect();
-                let n = sequences.len();
-                let need =
-                    Scratch::Attention { sequences: n, heads, head_dim, context: max_blocks * block_size };
-                let q = data.activations(&[tokens, q_stride])?;
-                let operands = AttentionOperands {
-                    out: data.output("out", true, &[tokens, heads * head_dim])?,
-                    q,
-                    pages: data.pages(&slots, kv_heads, head_dim, block_size)?,
-                    cu_q: data.indices(&cu_q)?,
-                    context: data.indices(&context)?,
-                    block_tables: data.indices(&tables)?.reshape(&[n, max_blocks]).expect("tables of rows"),
-                    scratch: data.scratch(need)?,
-                };
-                let p = AttentionParams {
-                    pass,
-                    tokens: tokens as u32,
-                    sequences: n as u32,
-                    heads: heads as u32,
-                    kv_heads: kv_heads as u32,
-                    head_dim: head_dim as u32,
-                    q_stride: q_stride as u32,
-                    max_blocks: max_blocks as u32,
-                    scale: 1.0 / (head_dim as f32).sqrt(),
-                    soft_cap,
-                    window: window as u32,
-                };
+                let sequences = sequences.clone();
+                let shape =
+                    AttentionShape { heads, kv_heads, head_dim, sequences, block_size, window, soft_cap };
+                let (p, operands, _) = shape.operands(data, pass)?;
                 paged_attention(&queue, p, &operands)?;
             }
             Case::GatherRows { rows, cols, taken } => {
@@ -272,8 +264,54 @@ impl Case {
                 let p = FuseParams { tokens: case.tokens as u32, precision, use_target: case.use_target };
                 fuse(&queue, p, &case.operands(data)?)?;
             }
+            Case::Training(ref case) => case.issue(data)?,
         }
         Ok(())
+    }
+}
+
+impl AttentionShape {
+    /// And the slots of all keys.
+    fn operands(
+        &self,
+        data: &mut Data,
+        pass: Pass,
+    ) -> Result<(AttentionParams, AttentionOperands, Vec<u32>), Error> {
+        let &AttentionShape { heads, kv_heads, head_dim, ref sequences, block_size, window, soft_cap } = self;
+        let tokens: usize = sequences.iter().map(|s| s.0).sum();
+        let q_stride = (heads + 2 * kv_heads) * head_dim;
+        let (tables, max_blocks, slots) = data.tables(sequences, block_size);
+        let mut cu_q = vec![0u32];
+        for &(new, _) in sequences {
+            cu_q.push(cu_q[cu_q.len() - 1] + new as u32);
+        }
+        let context: Vec<u32> = sequences.iter().map(|s| s.1 as u32).collect();
+        let n = sequences.len();
+        let need = Scratch::Attention { sequences: n, heads, head_dim, context: max_blocks * block_size };
+        let q = data.activations(&[tokens, q_stride])?;
+        let operands = AttentionOperands {
+            out: data.output("out", true, &[tokens, heads * head_dim])?,
+            q,
+            pages: data.pages(&slots, kv_heads, head_dim, block_size)?,
+            cu_q: data.indices(&cu_q)?,
+            context: data.indices(&context)?,
+            block_tables: data.indices(&tables)?.reshape(&[n, max_blocks]).expect("tables of rows"),
+            scratch: data.scratch(need)?,
+        };
+        let p = AttentionParams {
+            pass,
+            tokens: tokens as u32,
+            sequences: n as u32,
+            heads: heads as u32,
+            kv_heads: kv_heads as u32,
+            head_dim: head_dim as u32,
+            q_stride: q_stride as u32,
+            max_blocks: max_blocks as u32,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            soft_cap,
+            window: window as u32,
+        };
+        Ok((p, operands, slots))
     }
 }
 

@@ -1,6 +1,6 @@
 //! The cases.
 
-use super::{Case, FuseCase};
+use super::{AttentionShape, Case, FuseCase, TrainingCase};
 use crate::{
     backend::DType,
     ops::{Activation, NormOutput, Pass},
@@ -19,6 +19,7 @@ pub fn table() -> Vec<Case> {
     linear(&mut all);
     attention(&mut all);
     fuse(&mut all);
+    training(&mut all);
     all
 }
 
@@ -175,4 +176,61 @@ fn fuse(all: &mut Vec<Case>) {
         ]
         .map(Case::Fuse),
     );
+}
+
+fn training(all: &mut Vec<Case>) {
+    let mut push = |case| all.push(Case::Training(case));
+    let outputs = [NormOutput::Assign, NormOutput::Add].into_iter().cycle();
+    for ((rows, cols), output) in [(1, 1), (7, 54), (97, 97), (3, 2048)].into_iter().zip(outputs) {
+        for (weight, learns) in [(DType::F32, true), (DType::Bf16, false)] {
+            push(TrainingCase::RmsNorm { rows, cols, weight, output, learns });
+        }
+    }
+    for activation in [Activation::Silu, Activation::GeluTanh, Activation::GeluErf] {
+        for (tokens, width) in [(1, 1), (7, 54), (3, 1024)] {
+            push(TrainingCase::Glu { tokens, width, activation });
+            push(TrainingCase::GluBackward { tokens, width, activation });
+        }
+    }
+    for (vocab, hidden, tokens) in [(1, 1, 3), (11, 54, 40), (5, 1024, 7)] {
+        push(TrainingCase::Embed { vocab, hidden, tokens });
+    }
+    for (heads, kv_heads, head_dim, tokens, block_size, norm, interleaved) in [
+        (1, 1, 8, 1, 16, None, false),
+        (4, 2, 16, 37, 16, Some(DType::F32), false),
+        (9, 3, 64, 7, 16, None, true),
+        (4, 1, 256, 5, 1, Some(DType::Bf16), false),
+        (3, 3, 54, 18, 8, Some(DType::F32), true),
+    ] {
+        push(TrainingCase::Rope { heads, kv_heads, head_dim, tokens, block_size, norm, interleaved });
+    }
+    let mut attention =
+        |heads, kv_heads, head_dim, sequences: &[(usize, usize)], block_size, window, soft_cap| {
+            let sequences = sequences.to_vec();
+            push(TrainingCase::Attention(AttentionShape {
+                heads,
+                kv_heads,
+                head_dim,
+                sequences,
+                block_size,
+                window,
+                soft_cap,
+            }));
+        };
+    attention(1, 1, 8, &[(1, 1)], 16, 0, 0.0);
+    attention(2, 1, 16, &[(7, 7), (2, 20), (33, 33)], 16, 0, 0.0);
+    attention(9, 3, 64, &[(54, 97), (17, 17)], 16, 0, 0.0);
+    attention(14, 2, 64, &[(70, 70)], 16, 0, 0.0);
+    attention(4, 1, 256, &[(20, 65), (3, 16)], 16, 24, 0.0);
+    attention(8, 8, 96, &[(19, 130)], 16, 64, 50.0);
+    attention(16, 8, 128, &[(129, 140), (1, 5), (40, 40)], 16, 0, 0.0);
+    attention(3, 1, 54, &[(9, 30)], 8, 10, 0.0);
+    attention(4, 2, 32, &[(65, 65)], 1, 16, 20.0);
+    for (rows, vocab, soft_cap) in [(1, 1, 0.0), (7, 54, 0.0), (5, 5000, 0.0), (3, 97, 30.0)] {
+        push(TrainingCase::CrossEntropy { rows, vocab, soft_cap });
+    }
+    for len in [1, 97, 50_000] {
+        push(TrainingCase::Adamw { len });
+        push(TrainingCase::SumOfSquares { len });
+    }
 }

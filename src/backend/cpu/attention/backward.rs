@@ -33,6 +33,9 @@ pub(in crate::backend::cpu) fn attention_backward(
     forward: &AttentionOperands,
     grads: &AttentionGrads,
 ) {
+    if p.heads == 0 || p.kv_heads == 0 || p.head_dim == 0 || forward.pages.block_size() == 0 {
+        return;
+    }
     match Kernels::of(simd) {
         Some(kernels) => run(team, kernels, p, forward, grads),
         None => portable::attention_backward(team, p, forward, grads),
@@ -108,9 +111,6 @@ fn run(
     grads: &AttentionGrads,
 ) {
     let dim = p.head_dim as usize;
-    if dim == 0 || forward.pages.block_size() == 0 || p.heads == 0 {
-        return;
-    }
     let call = Call {
         p,
         dim,

@@ -8,7 +8,7 @@ use crate::{
 use half::bf16;
 
 /// A reproducible stream of numbers.
-struct Random(u64);
+pub(super) struct Random(pub u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -23,42 +23,42 @@ impl Random {
     }
 
     /// About normal, one in a hundred ten times as large.
-    fn number(&mut self) -> f32 {
+    pub(super) fn number(&mut self) -> f32 {
         let sum: f32 = (0..4).map(|_| self.next() as u32 as f32 / u32::MAX as f32 - 0.5).sum();
         if self.below(100) == 0 { 17.0 * sum } else { 1.7 * sum }
     }
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Shape {
-    heads: usize,
-    kv_heads: usize,
-    dim: usize,
-    block_size: usize,
-    window: u32,
-    soft_cap: f32,
-    dtype: DType,
+pub(super) struct Shape {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub dim: usize,
+    pub block_size: usize,
+    pub window: u32,
+    pub soft_cap: f32,
+    pub dtype: DType,
 }
 
-const PLAIN: Shape =
+pub(super) const PLAIN: Shape =
     Shape { heads: 2, kv_heads: 1, dim: 16, block_size: 16, window: 0, soft_cap: 0.0, dtype: DType::F32 };
 
 /// New tokens and keys (the new ones included) of each sequence.
-type Sequences<'a> = &'a [(usize, usize)];
+pub(super) type Sequences<'a> = &'a [(usize, usize)];
 
-struct Case {
-    p: AttentionParams,
-    o: AttentionOperands,
+pub(super) struct Case {
+    pub p: AttentionParams,
+    pub o: AttentionOperands,
 }
 
-fn tensor<T: super::Element>(data: &[T], dims: &[usize]) -> Tensor {
+pub(super) fn tensor<T: super::Element>(data: &[T], dims: &[usize]) -> Tensor {
     let tensor = Cpu::allocate(T::DTYPE, dims, "test").unwrap();
     tensor.host_mut::<T>().copy_from_slice(data);
     tensor
 }
 
 /// Sequence s holds the same numbers whatever sequences stand beside it if `seeds[s]` is the same.
-fn case(shape: Shape, sequences: Sequences, seeds: &[u64]) -> Case {
+pub(super) fn case(shape: Shape, sequences: Sequences, seeds: &[u64]) -> Case {
     let Shape { heads, kv_heads, dim, block_size, .. } = shape;
     let tokens: usize = sequences.iter().map(|s| s.0).sum();
     let max_blocks = sequences.iter().map(|s| s.1.div_ceil(block_size)).max().unwrap() + 1;
@@ -126,17 +126,22 @@ fn case(shape: Shape, sequences: Sequences, seeds: &[u64]) -> Case {
 }
 
 impl Case {
-    /// The definition, in f64.
+    /// q, keys and values.
+    pub(super) fn inputs(&self) -> [Vec<f64>; 3] {
+        [&self.o.q, &self.o.pages.keys, &self.o.pages.values].map(|t| match t.dtype() {
+            DType::F32 => t.host::<f32>().iter().map(|&x| x.into()).collect(),
+            _ => t.host::<bf16>().iter().map(|x| x.to_f64()).collect(),
+        })
+    }
+
     fn exact(&self) -> Vec<f64> {
+        self.exact_of(&self.inputs())
+    }
+
+    /// The definition, in f64.
+    pub(super) fn exact_of(&self, [q, keys, values]: &[Vec<f64>; 3]) -> Vec<f64> {
         let (p, o) = (self.p, &self.o);
         let (heads, dim, size) = (p.heads as usize, p.head_dim as usize, o.pages.block_size());
-        let widen = |t: &Tensor| -> Vec<f64> {
-            match t.dtype() {
-                DType::F32 => t.host::<f32>().iter().map(|&x| x.into()).collect(),
-                _ => t.host::<bf16>().iter().map(|x| x.to_f64()).collect(),
-            }
-        };
-        let (q, keys, values) = (widen(&o.q), widen(&o.pages.keys), widen(&o.pages.values));
         let mut out = Vec::new();
         for s in 0..p.sequences as usize {
             let rows = o.cu_q.host::<u32>()[s] as usize..o.cu_q.host::<u32>()[s + 1] as usize;

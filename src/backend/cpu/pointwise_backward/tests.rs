@@ -54,17 +54,24 @@ fn norms_gradients_are_the_differences() {
         let (x, dy) = (wide(&norm.x), wide(&norm.dy));
         let dx = gradient(&x, |x| dot(&norm_forward(x, &weight, EPS.into()), &dy));
         let dweight = gradient(&weight, |weight| dot(&norm_forward(&x, weight, EPS.into()), &dy));
+        // Of the two terms whose difference dx is: of few columns, nothing but rounding is left of it.
+        let terms = x.chunks_exact(cols).zip(dy.chunks_exact(cols)).flat_map(|(x, dy)| {
+            let r = 1.0 / (dot(x, x) / cols as f64 + f64::from(EPS)).sqrt();
+            dy.iter().zip(&weight).map(|(dy, w)| r * w * dy).collect::<Vec<f64>>()
+        });
+        let allowed = 1e-6 * largest(&terms.collect::<Vec<f64>>());
         for simd in Simd::testable() {
             let what = format!("{rows} × {cols} on {simd}");
             let zeros = vec![0.0; cols];
             let found = norm.run(2, simd, NormOutput::Assign, &[], &zeros);
-            assert_close(&found[0], &dx, 1e-6, &what);
+            assert_within(&found[0], &dx, allowed, &what);
             assert_close(&found[1], &dweight, 1e-6, &what);
             let (base, base_weight) = (noise(4, rows * cols), noise(5, cols));
             let added = norm.run(2, simd, NormOutput::Add, &base, &base_weight);
             let sums =
                 |a: &[f32], b: &[f64]| a.iter().zip(b).map(|(&a, b)| f64::from(a) + b).collect::<Vec<f64>>();
-            assert_close(&added[0], &sums(&base, &dx), 1e-6, &what);
+            let size = largest(&wide(&base));
+            assert_within(&added[0], &sums(&base, &dx), allowed + 1e-7 * size, &what);
             assert_close(&added[1], &sums(&base_weight, &dweight), 1e-6, &what);
         }
     }

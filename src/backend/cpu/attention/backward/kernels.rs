@@ -133,8 +133,12 @@ pub(in super::super) unsafe fn measure<V: Vector>(backward: &Backward, part: &Pa
             // SAFETY: the caller's promise; the panel's pieces have the lengths its fields name.
             unsafe {
                 match count {
-                    1 => drop(tile.soften::<V, 1>(&panel, &sight, exponent)),
-                    _ => drop(tile.soften::<V, PANEL>(&panel, &sight, exponent)),
+                    1 => {
+                        tile.soften::<V, 1>(&panel, &sight, exponent);
+                    }
+                    _ => {
+                        tile.soften::<V, PANEL>(&panel, &sight, exponent);
+                    }
                 }
             }
         }

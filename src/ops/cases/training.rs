@@ -1,0 +1,180 @@
+//! Cases of the ops of training.
+
+use super::{AttentionShape, Data, Error};
+use crate::{backend::DType, ops::*};
+
+/// Operands of one op of training in one size.
+#[derive(Clone, Debug)]
+pub enum TrainingCase {
+    RmsNorm {
+        rows: usize,
+        cols: usize,
+        weight: DType,
+        output: NormOutput,
+        /// Whether the weight learns.
+        learns: bool,
+    },
+    Glu {
+        tokens: usize,
+        width: usize,
+        activation: Activation,
+    },
+    GluBackward {
+        tokens: usize,
+        width: usize,
+        activation: Activation,
+    },
+    Embed {
+        vocab: usize,
+        hidden: usize,
+        tokens: usize,
+    },
+    Rope {
+        heads: usize,
+        kv_heads: usize,
+        head_dim: usize,
+        tokens: usize,
+        block_size: usize,
+        norm: Option<DType>,
+        interleaved: bool,
+    },
+    Attention(AttentionShape),
+    CrossEntropy {
+        rows: usize,
+        vocab: usize,
+        soft_cap: f32,
+    },
+    Adamw {
+        len: usize,
+    },
+    SumOfSquares {
+        len: usize,
+    },
+}
+
+impl TrainingCase {
+    /// The function in `ops`.
+    pub fn op(&self) -> &'static str {
+        match self {
+            TrainingCase::RmsNorm { .. } => "rms_norm_backward",
+            TrainingCase::Glu { .. } => "glu",
+            TrainingCase::GluBackward { .. } => "glu_backward",
+            TrainingCase::Embed { .. } => "embed_backward",
+            TrainingCase::Rope { .. } => "rope_backward",
+            TrainingCase::Attention(_) => "attention_backward",
+            TrainingCase::CrossEntropy { .. } => "cross_entropy",
+            TrainingCase::Adamw { .. } => "adamw",
+            TrainingCase::SumOfSquares { .. } => "sum_of_squares",
+        }
+    }
+
+    pub(super) fn issue(&self, data: &mut Data) -> Result<(), Error> {
+        let queue = data.queue.clone();
+        match *self {
+            TrainingCase::RmsNorm { rows, cols, weight, output, learns } => {
+                let (x, weight) = (data.float(&[rows, cols])?, data.vector(weight, cols)?);
+                let dy = data.float(&[rows, cols])?;
+                let dx = match output {
+                    NormOutput::Assign => data.output("dx", false, &[rows, cols])?,
+                    NormOutput::Add => data.accumulator("dx", &[rows, cols])?,
+                };
+                let dweight = learns.then(|| data.accumulator("dweight", &[cols])).transpose()?;
+                rms_norm_backward(&queue, &x, &weight, 1e-6, 1.0, &dy, output, &dx, dweight.as_ref())?;
+            }
+            TrainingCase::Glu { tokens, width, activation } => {
+                let gate_up = data.activations(&[tokens, 2 * width])?;
+                glu(&queue, &gate_up, activation, &data.output("out", true, &[tokens, width])?)?;
+            }
+            TrainingCase::GluBackward { tokens, width, activation } => {
+                let (gate_up, dout) =
+                    (data.activations(&[tokens, 2 * width])?, data.float(&[tokens, width])?);
+                let dgate_up = data.output("dgate_up", false, &[tokens, 2 * width])?;
+                glu_backward(&queue, &gate_up, activation, &dout, &dgate_up)?;
+            }
+            TrainingCase::Embed { vocab, hidden, tokens } => {
+                // Fewer words than tokens: some come twice.
+                let ids: Vec<u32> = (0..tokens).map(|t| (t * t + vocab - 1) as u32 % vocab as u32).collect();
+                let (ids, dout) = (data.indices(&ids)?, data.float(&[tokens, hidden])?);
+                embed_backward(&queue, &ids, 1.5, &dout, &data.accumulator("dtable", &[vocab, hidden])?)?;
+            }
+            TrainingCase::Rope { heads, kv_heads, head_dim, tokens, block_size, norm, interleaved } => {
+                let width = (heads + 2 * kv_heads) * head_dim;
+                let slots = data.slots(tokens, block_size);
+                let mut weight = || norm.map(|dtype| data.vector(dtype, head_dim)).transpose();
+                let (q_norm, k_norm) = (weight()?, weight()?);
+                let mut grad = |name: &str| norm.map(|_| data.accumulator(name, &[head_dim])).transpose();
+                let (dq_norm, dk_norm) = (grad("dq_norm")?, grad("dk_norm")?);
+                let operands = RopeBackwardOperands {
+                    qkv: data.activations(&[tokens, width])?,
+                    q_norm,
+                    k_norm,
+                    cos_sin: data.angles(tokens, head_dim)?,
+                    slots: data.indices(&slots)?,
+                    dq: data.float(&[tokens, heads * head_dim])?,
+                    dkv: data.float_pages(&slots, kv_heads, head_dim, block_size)?,
+                    dqkv: data.output("dqkv", false, &[tokens, width])?,
+                    dq_norm,
+                    dk_norm,
+                };
+                let p = RopeParams {
+                    tokens: tokens as u32,
+                    heads: heads as u32,
+                    kv_heads: kv_heads as u32,
+                    head_dim: head_dim as u32,
+                    norm_eps: 1e-6,
+                    norm_offset: 0.0,
+                    interleaved: interleaved.into(),
+                };
+                rope_backward(&queue, p, &operands)?;
+            }
+            TrainingCase::Attention(ref shape) => {
+                let (p, forward, slots) = shape.operands(data, Pass::Prefill)?;
+                paged_attention(&queue, p, &forward)?;
+                let &AttentionShape { heads, kv_heads, head_dim, block_size, .. } = shape;
+                let (tokens, sequences) = (p.tokens as usize, p.sequences as usize);
+                let context = p.max_blocks as usize * block_size;
+                let grads = AttentionGrads {
+                    dout: data.float(&[tokens, heads * head_dim])?,
+                    dq: data.output("dq", false, &[tokens, heads * head_dim])?,
+                    dkv: data.float_pages_in_out("dkv", &slots, kv_heads, head_dim, block_size)?,
+                    scratch: data.scratch(Scratch::AttentionBackward {
+                        tokens,
+                        sequences,
+                        heads,
+                        head_dim,
+                        context,
+                    })?,
+                };
+                attention_backward(&queue, p, &forward, &grads)?;
+            }
+            TrainingCase::CrossEntropy { rows, vocab, soft_cap } => {
+                let logits = data.accumulator("logits", &[rows, vocab])?;
+                let label = |row: usize| if row % 4 == 2 { IGNORED } else { (row * 31 % vocab) as u32 };
+                let labels = data.indices(&(0..rows).map(label).collect::<Vec<u32>>())?;
+                let loss = data.output("loss", false, &[rows])?;
+                cross_entropy(&queue, &logits, &labels, 0.25, soft_cap, &loss)?;
+            }
+            TrainingCase::Adamw { len } => {
+                let p = AdamwParams {
+                    len: len as u32,
+                    learning_rate: 1e-2,
+                    beta1: 0.9,
+                    beta2: 0.999,
+                    eps: 1e-8,
+                    weight_decay: 0.01,
+                    correction1: 0.271,
+                    correction2: 0.002_997,
+                    grad_scale: 0.5,
+                };
+                let [weights, grad, m] = ["weights", "grad", "m"].map(|name| data.accumulator(name, &[len]));
+                let v = data.squares("v", len)?;
+                adamw(&queue, p, &weights?, &grad?, &m?, &v)?;
+            }
+            TrainingCase::SumOfSquares { len } => {
+                let x = data.float(&[len])?;
+                sum_of_squares(&queue, &x, &data.output("sum", false, &[1])?)?;
+            }
+        }
+        Ok(())
+    }
+}
