@@ -1,11 +1,12 @@
 // Backward of causal attention over pages (FlashAttention-2, arXiv 2307.08691, algorithm 2, without atomics). With
-// p = softmax(e), e the scores after scale and soft cap, do the gradient of the output and delta = sum(do * out):
+// p = softmax(e), e the scores after scale and soft cap, do the gradient of the output and delta = sum of p dp:
 //
 //   dV = p^T do      dp = do V^T      ds = p (dp - delta) * slope      dQ = ds K      dK = ds^T Q
 //
 // `attention_backward_q` has a tile of rows (see attention.cuh: the heads of a kv head stacked), goes over their keys once
-// for the sum of exponentials and once more for dQ, and leaves both sums to `attention_backward_kv`, which has a tile of
-// keys and goes over the rows that see it. Every sum is one block's, in one order. Blocks have up to 64 N columns of a
+// for delta and the sum of exponentials and once more for dQ, and leaves both sums to `attention_backward_kv`, which has a
+// tile of keys and goes over the rows that see it. (delta is also sum of do out, but a row of one key would then have a
+// gradient of rounding errors.) Every sum is one block's, in one order. Blocks have up to 64 N columns of a
 // head; larger heads take several, which compute the scores again. Blocks of the tables are one sequence's each.
 #include "attention.cuh"
 #include "product.cuh"
@@ -33,37 +34,38 @@ struct Rows {
 };
 template <bool BY_DEPTH_> struct RowLines {
     static constexpr bool BY_DEPTH = BY_DEPTH_;
+    static constexpr unsigned EACH = 4;
     Rows rows;
     const void* data;
     uint32_t dtype, stride, head_dim;
 
-    __device__ __forceinline__ void load(uint32_t row, uint32_t first, float (&v)[8]) const {
+    __device__ __forceinline__ void load(uint32_t row, uint32_t first, float (&v)[4]) const {
         const bool there = row < rows.rows && first < head_dim;
-        row8(data, dtype, there ? rows.line(row, stride, head_dim) + first : 0, there ? head_dim - first : 0, v);
+        load4(v, data, dtype, there ? rows.line(row, stride, head_dim) + first : 0, there ? head_dim - first : 0);
     }
 };
 // Keys or values first..end of a sequence; others are not looked at.
 template <bool BY_DEPTH_> struct KeyLines {
     static constexpr bool BY_DEPTH = BY_DEPTH_;
+    static constexpr unsigned EACH = 4;
     Keys keys;
     const void* data;
     uint32_t dtype, first_key, end, head_dim;
 
-    __device__ __forceinline__ void load(uint32_t key, uint32_t first, float (&v)[8]) const {
+    __device__ __forceinline__ void load(uint32_t key, uint32_t first, float (&v)[4]) const {
         const bool there = first_key <= key && key < end && first < head_dim;
-        row8(data, dtype, there ? keys.offset(keys.block(key), key, head_dim) + first : 0, there ? head_dim - first : 0,
-             v);
+        load4(v, data, dtype, there ? keys.offset(keys.block(key), key, head_dim) + first : 0,
+              there ? head_dim - first : 0);
     }
 };
 // A tile of shared memory.
 template <bool BY_DEPTH_> struct TileLines {
     static constexpr bool BY_DEPTH = BY_DEPTH_;
+    static constexpr unsigned EACH = 4;
     const float* tile;
 
-    __device__ __forceinline__ void load(uint32_t line, uint32_t first, float (&v)[8]) const {
-        const float4* quads = reinterpret_cast<const float4*>(tile + line * PITCH + first);
-        const float4 a = quads[0], b = quads[1];
-        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+    __device__ __forceinline__ void load(uint32_t line, uint32_t first, float (&v)[4]) const {
+        load4(v, tile, F32, line * PITCH + first, 4);
     }
 };
 
@@ -112,16 +114,8 @@ template <typename P, unsigned N> __device__ __forceinline__ void backward_q(con
         return m < tile.rows && tile.at + (tile.row + m) / group - key < window;
     };
 
-    for (unsigned m = warp; m < SIDE; m += WARPS) {
-        float delta = 0.f;
-        if (m < tile.rows) {
-            const size_t line = rows.line(tile.row + m, width, a.head_dim);
-            for (uint32_t i = lane; i < a.head_dim; i += WARP)
-                delta += b.dout[line + i] * load_float(a.out, a.q_dtype, line + i);
-        }
-        delta = warp_sum(delta);
-        if (lane == 0) shared.deltas[m] = delta, shared.tops[m] = -FLT_MAX, shared.sums[m] = 0.f;
-    }
+    for (unsigned m = threadIdx.x; m < SIDE; m += P::THREADS)
+        shared.tops[m] = -FLT_MAX, shared.sums[m] = shared.deltas[m] = 0.f;
     const uint32_t start = first / SIDE * SIDE;
 #pragma unroll 1
     for (uint32_t key = start; key < end; key += SIDE) {
@@ -134,20 +128,36 @@ template <typename P, unsigned N> __device__ __forceinline__ void backward_q(con
         });
         __syncthreads();
         for (unsigned m = warp; m < SIDE; m += WARPS) {
-            const float x = shared.scores[m * PITCH + lane], y = shared.scores[m * PITCH + lane + WARP];
-            const float before = shared.tops[m], top = fmaxf(before, warp_max(fmaxf(x, y)));
-            const float sum = warp_sum(exp2f(x - top) + exp2f(y - top));
+            float* row = &shared.scores[m * PITCH + lane];
+            const float x = row[0], y = row[WARP], before = shared.tops[m], top = fmaxf(before, warp_max(fmaxf(x, y)));
+            row[0] = exp2f(x - top), row[WARP] = exp2f(y - top);
+            const float sum = warp_sum(row[0] + row[WARP]), shrink = exp2f(before - top);
             __syncwarp();
-            if (lane == 0) shared.tops[m] = top, shared.sums[m] = shared.sums[m] * exp2f(before - top) + sum;
+            if (lane > 0) continue;
+            shared.tops[m] = top, shared.sums[m] = shared.sums[m] * shrink + sum, shared.deltas[m] *= shrink;
+        }
+        P dp;
+        dp.clear();
+        dp.add(shared.tiles, dout, tile.row, v, key, a.head_dim);
+        dp.each([&](unsigned m, unsigned n, float x, float y) {
+            float2& pair = *reinterpret_cast<float2*>(&shared.scores[m * PITCH + n]);
+            pair = make_float2(pair.x * x, pair.y * y);
+        });
+        __syncthreads();
+        for (unsigned m = warp; m < SIDE; m += WARPS) {
+            const float* row = &shared.scores[m * PITCH + lane];
+            const float sum = warp_sum(row[0] + row[WARP]);
+            if (lane == 0) shared.deltas[m] += sum;
         }
     }
     __syncthreads();
     for (unsigned m = threadIdx.x; m < SIDE; m += P::THREADS) {
+        if (m >= tile.rows) continue;
         shared.logs[m] = shared.tops[m] + log2f(shared.sums[m]);
-        if (m < tile.rows && blockIdx.y == 0) {
-            const size_t at = rows.line(tile.row + m, a.heads, 1);
-            b.logs[at] = shared.logs[m], b.deltas[at] = shared.deltas[m];
-        }
+        shared.deltas[m] /= shared.sums[m];
+        if (blockIdx.y > 0) continue;
+        const size_t at = rows.line(tile.row + m, a.heads, 1);
+        b.logs[at] = shared.logs[m], b.deltas[at] = shared.deltas[m];
     }
     const KeyLines<true> k_depth{keys, a.keys, a.kv_dtype, first, end, a.head_dim};
     const uint32_t column = blockIdx.y * SIDE * N;

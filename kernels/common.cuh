@@ -113,7 +113,8 @@ __device__ __forceinline__ float activation_slope(uint32_t activation, float x) 
     }
     if (activation == GELU_TANH) {
         const float t = tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x));
-        const float inner = 0.7978845608028654f * (1.f + 3.f * 0.044715f * x * x);
+        // Finite: far out it is multiplied by 0.
+        const float inner = 0.7978845608028654f * (1.f + 3.f * 0.044715f * fminf(x * x, 1e30f));
         return 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * inner;
     }
     return 0.5f * (1.f + erff(x * 0.7071067811865476f)) + x * 0.3989422804014327f * __expf(-0.5f * x * x);

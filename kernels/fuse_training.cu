@@ -58,14 +58,15 @@ struct Problem {
 // Rows of x as an operand of a product.
 template <bool BY_DEPTH_> struct Activations {
     static constexpr bool BY_DEPTH = BY_DEPTH_;
+    static constexpr unsigned EACH = 4;
     Lines<BY_DEPTH_> lines;
     bool gelu;
 
-    __device__ __forceinline__ void load(uint32_t line, uint32_t first, float (&v)[8]) const {
+    __device__ __forceinline__ void load(uint32_t line, uint32_t first, float (&v)[4]) const {
         lines.load(line, first, v);
         if (!gelu) return;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = activate(GELU_ERF, v[i]);
+        for (int i = 0; i < 4; ++i) v[i] = activate(GELU_ERF, v[i]);
     }
 };
 
@@ -136,15 +137,15 @@ template <typename P> __device__ __forceinline__ void weight(const FuseTrainingA
 }
 
 #define PRODUCTS(NAME, P)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(P::THREADS)                                                          \
+    extern "C" __global__ void __launch_bounds__(P::THREADS, 1)                                                        \
         fuse_training_linear_##NAME(const __grid_constant__ FuseTrainingArgs a) {                                     \
         linear<P>(a);                                                                                                 \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(P::THREADS)                                                          \
+    extern "C" __global__ void __launch_bounds__(P::THREADS, 1)                                                        \
         fuse_training_input_##NAME(const __grid_constant__ FuseTrainingArgs a) {                                      \
         input<P>(a);                                                                                                  \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(P::THREADS)                                                          \
+    extern "C" __global__ void __launch_bounds__(P::THREADS, 1)                                                        \
         fuse_training_weight_##NAME(const __grid_constant__ FuseTrainingArgs a) {                                     \
         weight<P>(a);                                                                                                 \
     }

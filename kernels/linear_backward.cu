@@ -20,6 +20,7 @@ struct LinearBackwardArgs {
 // Rows of W, which are the depth.
 struct WeightLines {
     static constexpr bool BY_DEPTH = true;
+    static constexpr unsigned EACH = 8;
     Part part;
     uint32_t cols;
 
@@ -69,11 +70,11 @@ template <typename P> __device__ __forceinline__ void backward_weight(const Line
 }
 
 #define KERNELS(NAME, P)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(P::THREADS)                                                          \
+    extern "C" __global__ void __launch_bounds__(P::THREADS, 1)                                                        \
         linear_backward_input_##NAME(const __grid_constant__ LinearBackwardArgs a) {                                  \
         backward_input<P>(a);                                                                                         \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(P::THREADS)                                                          \
+    extern "C" __global__ void __launch_bounds__(P::THREADS, 1)                                                        \
         linear_backward_weight_##NAME(const __grid_constant__ LinearBackwardArgs a) {                                 \
         backward_weight<P>(a);                                                                                        \
     }

@@ -30,13 +30,15 @@ __device__ __forceinline__ void norm_backward(const NormBackward& a) {
         float squares = 0.f, dot = 0.f;
         for (uint32_t i = threadIdx.x; i < a.cols; i += NORM_THREADS) {
             squares += x[i] * x[i];
-            dot += x[i] * dy[i] * (a.offset + load_float(a.weight, a.weight_dtype, i));
+            dot += (a.offset + load_float(a.weight, a.weight_dtype, i)) * dy[i] * x[i];
         }
         const float scale = 1.f / sqrtf(block_sum<NORM_WARPS>(squares, scratch) / float(a.cols) + a.eps);
         const float pull = block_sum<NORM_WARPS>(dot, scratch) / float(a.cols) * scale * scale;
         for (uint32_t i = threadIdx.x; i < a.cols; i += NORM_THREADS) {
             const float own = dy[i], normed = x[i] * scale;
-            const float y = scale * (own * (a.offset + load_float(a.weight, a.weight_dtype, i)) - x[i] * pull);
+            const float straight = __fmul_rn(a.offset + load_float(a.weight, a.weight_dtype, i), own);
+            // Both rounded: of few columns they nearly cancel.
+            const float y = scale * (straight - __fmul_rn(x[i], pull));
             dx[i] = a.add ? dx[i] + y : y;
             if (a.partials) partial[i] = row == first ? own * normed : partial[i] + own * normed;
         }

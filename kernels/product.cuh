@@ -2,37 +2,40 @@
 // columns, f32 in memory or converted to it.
 //
 // A block has SIDE by SIDE sums and takes DEPTH of d at a time through two buffers in shared memory. An operand is a struct
-// with `load(line, first, v)`, eight elements of a line from `first` on, a multiple of eight, zeros where there are none;
-// a line is a d (BY_DEPTH) or else an m or n. The d of one sum are added from the first to the last.
+// with `load(line, first, v)`: EACH elements (4 or 8) of a line from `first` on, a multiple of EACH, zeros where there are
+// none. A line is a d (BY_DEPTH) or else an m or n. The d of one sum are added from the first to the last.
 #pragma once
 #include "ptx.cuh"
 
 constexpr unsigned SIDE = 64, DEPTH = 32;
 
-// Elements i..i + 7 of a vector of F32, F16 or BF16, of which there are n.
-__device__ __forceinline__ void row8(const void* p, uint32_t dtype, size_t i, uint32_t n, float (&v)[8]) {
-    const float4 a = load_float4(p, dtype, i, min(n, 4u)), b = load_float4(p, dtype, i + 4, n > 4 ? min(n - 4, 4u) : 0);
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+// Elements i..i + 3 of a vector of F32, F16 or BF16 that has n from i on.
+__device__ __forceinline__ void load4(float (&v)[4], const void* p, uint32_t dtype, size_t i, uint32_t n) {
+    const float4 x = load_float4(p, dtype, i, n);
+    v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
 }
 
 // A matrix whose type is data: lines of `width` elements, `stride` apart.
 template <bool BY_DEPTH_> struct Lines {
     static constexpr bool BY_DEPTH = BY_DEPTH_;
+    static constexpr unsigned EACH = 4;
     const void* data;
     uint32_t dtype, lines, width, stride;
 
-    __device__ __forceinline__ void load(uint32_t line, uint32_t first, float (&v)[8]) const {
-        row8(data, dtype, size_t(line) * stride + first, line < lines && first < width ? width - first : 0, v);
+    __device__ __forceinline__ void load(uint32_t line, uint32_t first, float (&v)[4]) const {
+        const bool there = line < lines && first < width;
+        load4(v, data, dtype, size_t(line) * stride + first, there ? width - first : 0);
     }
 };
 
 // Lines of another operand from `start` on.
 template <typename T> struct Shifted {
     static constexpr bool BY_DEPTH = T::BY_DEPTH;
+    static constexpr unsigned EACH = T::EACH;
     T lines;
     uint32_t start;
 
-    __device__ __forceinline__ void load(uint32_t line, uint32_t first, float (&v)[8]) const {
+    __device__ __forceinline__ void load(uint32_t line, uint32_t first, float (&v)[EACH]) const {
         lines.load(start + line, first, v);
     }
 };
@@ -62,14 +65,19 @@ struct ProductBf16 {
 
     template <typename T>
     static __device__ __forceinline__ void fill(const T& operand, uint32_t side, uint32_t depth, uint8_t* tile) {
-        constexpr unsigned EACH = T::BY_DEPTH ? 8 : 4;
-#pragma unroll 1
-        for (unsigned i = threadIdx.x; i < SIDE * DEPTH / 8; i += THREADS) {
-            const unsigned line = i / EACH, piece = i % EACH;
-            float v[8];
-            operand.load((T::BY_DEPTH ? depth : side) + line, (T::BY_DEPTH ? side : depth) + piece * 8, v);
-            *reinterpret_cast<uint4*>(tile + place<T::BY_DEPTH>(line, piece)) =
-                make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+        constexpr unsigned EACH = T::EACH, LINE = (T::BY_DEPTH ? SIDE : DEPTH) / EACH;
+#pragma unroll(EACH == 4 ? 4 : 1)
+        for (unsigned i = threadIdx.x; i < SIDE * DEPTH / EACH; i += THREADS) {
+            const unsigned line = i / LINE, at = i % LINE * EACH;
+            float v[EACH];
+            operand.load((T::BY_DEPTH ? depth : side) + line, (T::BY_DEPTH ? side : depth) + at, v);
+            uint8_t* to = tile + place<T::BY_DEPTH>(line, at / 8);
+            if constexpr (EACH == 8) {
+                *reinterpret_cast<uint4*>(to) = make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]),
+                                                           pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+            } else {
+                *reinterpret_cast<uint2*>(to + at % 8 * 2) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+            }
         }
     }
 
@@ -154,21 +162,26 @@ struct ProductF32 {
 
     template <typename T>
     static __device__ __forceinline__ void fill(const T& operand, uint32_t side, uint32_t depth, float* tile) {
-        static_assert(SIDE * DEPTH == THREADS * 8);
-        float v[8];
-        if constexpr (T::BY_DEPTH) {
-            const unsigned line = threadIdx.x / 8, i = threadIdx.x % 8 * 8;
-            operand.load(depth + line, side + i, v);
-            // Half of the lanes have their second four first: the others' are in the same banks.
-            const bool odd = threadIdx.x / 4 % 2;
-            const float4 low = make_float4(v[0], v[1], v[2], v[3]), high = make_float4(v[4], v[5], v[6], v[7]);
-            *reinterpret_cast<float4*>(tile + place(line, i + 4 * odd)) = odd ? high : low;
-            *reinterpret_cast<float4*>(tile + place(line, i + 4 * !odd)) = odd ? low : high;
-        } else {
-            const unsigned line = threadIdx.x / 4, first = threadIdx.x % 4 * 8;
-            operand.load(side + line, depth + first, v);
+        constexpr unsigned EACH = T::EACH, LINE = (T::BY_DEPTH ? SIDE : DEPTH) / EACH;
 #pragma unroll
-            for (unsigned i = 0; i < 8; ++i) tile[place(first + i, line)] = v[i];
+        for (unsigned i = threadIdx.x; i < SIDE * DEPTH / EACH; i += THREADS) {
+            const unsigned line = i / LINE, at = i % LINE * EACH;
+            float v[EACH];
+            operand.load((T::BY_DEPTH ? depth : side) + line, (T::BY_DEPTH ? side : depth) + at, v);
+            if constexpr (T::BY_DEPTH) {
+                // Of eights, half of the lanes have their second four first: the others' are in the same banks.
+#pragma unroll
+                for (unsigned j = 0; j < EACH; j += 4) {
+                    const unsigned k = EACH == 8 && threadIdx.x / 4 % 2 ? 4 - j : j;
+                    const bool second = EACH == 8 && k == 4;
+                    *reinterpret_cast<float4*>(tile + place(line, at + k)) =
+                        second ? make_float4(v[EACH - 4], v[EACH - 3], v[EACH - 2], v[EACH - 1])
+                               : make_float4(v[0], v[1], v[2], v[3]);
+                }
+            } else {
+#pragma unroll
+                for (unsigned j = 0; j < EACH; ++j) tile[place(at + j, line)] = v[j];
+            }
         }
     }
 
