@@ -1,14 +1,11 @@
-//! The ops of training on a GPU against plain f64 arithmetic.
+//! Ops of training on a GPU that the table of cases does not have: linear maps in every format and rope's `q_out` against plain f64
+//! arithmetic, the fuser against the CPU.
 
 mod device;
 
 use c2c::{
     backend::{Backend, DType, Precision, Queue, Tensor, Training, cuda::Cuda},
-    ops::{
-        self, Activation, AdamwParams, AttentionGrads, AttentionOperands, AttentionParams,
-        CrossEntropyParams, EmbedParams, KvPages, LinearBackwardParams, NormOutput, RmsNormParams, Weight,
-        WeightPart,
-    },
+    ops::{self, KvPages, LinearBackwardParams, Weight, WeightPart},
     rng::{Purpose, Rng, Stream},
 };
 use half::{bf16, f16};
@@ -134,178 +131,6 @@ const BF16: f64 = 5e-3;
 
 fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
-}
-
-#[test]
-fn rms_norm_backward() {
-    let Some(gpu) = Gpu::open() else { return };
-    let (eps, offset) = (1e-6f32, 1.0f32);
-    for (rows, cols, weight, output, in_place) in [
-        (1, 1, DType::F32, NormOutput::Assign, false),
-        (19, 97, DType::Bf16, NormOutput::Add, false),
-        (8, 300, DType::F32, NormOutput::Assign, true),
-    ] {
-        let (x, x_values) = gpu.random(DType::F32, &[rows, cols]);
-        let (weight, w) = gpu.random(weight, &[cols]);
-        let (dy, dy_values) = gpu.random(DType::F32, &[rows, cols]);
-        let (dx, dx_values) =
-            if in_place { (dy.clone(), vec![]) } else { gpu.random(DType::F32, &[rows, cols]) };
-        let (dweight, dw_values) = gpu.random(DType::F32, &[cols]);
-        let (mut dx_expected, mut dw) = (vec![], wide(&dw_values));
-        for (x, dy) in x_values.chunks(cols).zip(dy_values.chunks(cols)) {
-            let (x, dy) = (wide(x), wide(dy));
-            let scale = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / cols as f64 + f64::from(eps)).sqrt();
-            let g: Vec<f64> = dy.iter().zip(&w).map(|(dy, &w)| dy * f64::from(offset + w)).collect();
-            let mean = g.iter().zip(&x).map(|(g, x)| g * x).sum::<f64>() / cols as f64;
-            for i in 0..cols {
-                dx_expected.push(scale * g[i] - x[i] * scale.powi(3) * mean);
-                dw[i] += dy[i] * x[i] * scale;
-            }
-        }
-        if output == NormOutput::Add {
-            dx_expected.iter_mut().zip(&dx_values).for_each(|(d, &b)| *d += f64::from(b));
-        }
-        let p = RmsNormParams { rows: rows as u32, cols: cols as u32, eps, offset, output };
-        gpu.cuda.rms_norm_backward(gpu.queue.id(), p, &x, &weight, &dy, &dx, Some(&dweight));
-        gpu.expect("dx", &dx, &dx_expected, EXACT);
-        gpu.expect("dweight", &dweight, &dw, EXACT);
-    }
-}
-
-fn activate(activation: Activation, x: f64) -> f64 {
-    match activation {
-        Activation::Silu => x / (1.0 + (-x).exp()),
-        Activation::GeluTanh => {
-            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
-            0.5 * x * (1.0 + inner.tanh())
-        }
-        // The integral of the normal density, by Simpson's rule.
-        Activation::GeluErf => {
-            let density = |t: f64| (-0.5 * t * t).exp() / (2.0 * std::f64::consts::PI).sqrt();
-            let h = x / 200.0;
-            let sum: f64 = (0..200).map(|i| if i % 2 == 0 { 2.0 } else { 4.0 } * density(i as f64 * h)).sum();
-            x * (0.5 + h / 3.0 * (sum - density(0.0) + density(x)))
-        }
-    }
-}
-
-#[test]
-fn glu() {
-    let Some(gpu) = Gpu::open() else { return };
-    let (tokens, width) = (7, 53);
-    for activation in [Activation::Silu, Activation::GeluTanh, Activation::GeluErf] {
-        for dtype in [DType::F32, DType::Bf16] {
-            let values = gpu.numbers(tokens * 2 * width).into_iter().map(|x| 4.0 * x).collect();
-            let (gate_up, values) = gpu.cast(dtype, values, &[tokens, 2 * width]);
-            let out = gpu.unwritten(dtype, &[tokens, width]);
-            let dgate_up = gpu.unwritten(DType::F32, &[tokens, 2 * width]);
-            let (dout, dout_values) = gpu.random(DType::F32, &[tokens, width]);
-            gpu.cuda.glu(gpu.queue.id(), activation, &gate_up, &out);
-            gpu.cuda.glu_backward(gpu.queue.id(), activation, &gate_up, &dout, &dgate_up);
-            let (mut y, mut d) = (vec![], vec![0.0; 2 * tokens * width]);
-            for t in 0..tokens {
-                for i in 0..width {
-                    let (at, up) = (2 * t * width + i, 2 * t * width + width + i);
-                    let (g, u) = (f64::from(values[at]), f64::from(values[up]));
-                    let dout = f64::from(dout_values[t * width + i]);
-                    let h = 1e-5;
-                    let slope = (activate(activation, g + h) - activate(activation, g - h)) / (2.0 * h);
-                    y.push(activate(activation, g) * u);
-                    d[at] = dout * u * slope;
-                    d[up] = dout * activate(activation, g);
-                }
-            }
-            let tolerance = if dtype == DType::F32 { EXACT } else { BF16 };
-            gpu.expect("out", &out, &y, tolerance);
-            gpu.expect("dgate_up", &dgate_up, &d, EXACT);
-        }
-    }
-}
-
-#[test]
-fn embed_backward() {
-    let Some(gpu) = Gpu::open() else { return };
-    let (vocab, hidden, scale) = (13, 1030, 1.5f32);
-    let ids: Vec<u32> = (0..300).map(|i| (i * i + 3) as u32 % 11).collect();
-    let (dtable, mut expected) = {
-        let (dtable, values) = gpu.random(DType::F32, &[vocab, hidden]);
-        (dtable, wide(&values))
-    };
-    let (dout, dout_values) = gpu.random(DType::F32, &[ids.len(), hidden]);
-    for (&id, dout) in ids.iter().zip(dout_values.chunks(hidden)) {
-        let row = &mut expected[id as usize * hidden..][..hidden];
-        row.iter_mut().zip(dout).for_each(|(r, &d)| *r += f64::from(scale * d));
-    }
-    let p = EmbedParams { tokens: ids.len() as u32, hidden: hidden as u32, scale };
-    gpu.cuda.embed_backward(gpu.queue.id(), p, &gpu.indices(&ids), &dout, &dtable);
-    gpu.expect("dtable", &dtable, &expected, EXACT);
-}
-
-#[test]
-fn cross_entropy() {
-    let Some(gpu) = Gpu::open() else { return };
-    let (rows, vocab, scale) = (3, 1337, 0.25f32);
-    for soft_cap in [0.0f32, 20.0] {
-        let values: Vec<f32> = gpu.numbers(rows * vocab).into_iter().map(|x| 19.0 * x).collect();
-        let logits = gpu.put(&values, &[rows, vocab]);
-        let labels = [7, ops::IGNORED, 1336];
-        let loss = gpu.unwritten(DType::F32, &[rows]);
-        let p = CrossEntropyParams { rows: rows as u32, vocab: vocab as u32, scale, soft_cap };
-        gpu.cuda.cross_entropy(gpu.queue.id(), p, &logits, &gpu.indices(&labels), &loss);
-        let (mut losses, mut gradients) = (vec![], vec![]);
-        for (row, label) in values.chunks(vocab).zip(labels) {
-            let row = wide(row);
-            let total: f64 = row.iter().map(|x| x.exp()).sum();
-            let known = label != ops::IGNORED;
-            losses.push(if known { total.ln() - row[label as usize] } else { 0.0 });
-            gradients.extend(row.iter().enumerate().map(|(i, x)| {
-                let d = x.exp() / total - f64::from(u8::from(i == label as usize));
-                let bend = if soft_cap > 0.0 { 1.0 - (x / f64::from(soft_cap)).powi(2) } else { 1.0 };
-                if known { f64::from(scale) * d * bend } else { 0.0 }
-            }));
-        }
-        gpu.expect("loss", &loss, &losses, EXACT);
-        gpu.expect("gradient", &logits, &gradients, EXACT);
-    }
-}
-
-#[test]
-fn adamw_and_sum_of_squares() {
-    let Some(gpu) = Gpu::open() else { return };
-    let len = 1001;
-    let [w, g, m, v] = [0; 4].map(|_| gpu.random(DType::F32, &[len]));
-    let v_values: Vec<f32> = v.1.iter().map(|v| v.abs()).collect();
-    let v = gpu.put(&v_values, &[len]);
-    let out = gpu.unwritten(DType::F32, &[1]);
-    gpu.cuda.sum_of_squares(gpu.queue.id(), &g.0, &out);
-    let squares: f64 = wide(&g.1).iter().map(|g| g * g).sum();
-    gpu.expect("squares", &out, &[squares], EXACT);
-    let p = AdamwParams {
-        len: len as u32,
-        learning_rate: 0.1,
-        beta1: 0.9,
-        beta2: 0.99,
-        eps: 1e-3,
-        weight_decay: 0.2,
-        correction1: 0.3,
-        correction2: 0.4,
-        grad_scale: 0.5,
-    };
-    gpu.cuda.adamw(gpu.queue.id(), p, &w.0, &g.0, &m.0, &v);
-    let (mut ws, mut ms, mut vs) = (vec![], vec![], vec![]);
-    for i in 0..len {
-        let grad = 0.5 * f64::from(g.1[i]);
-        let m = 0.9 * f64::from(m.1[i]) + 0.1 * grad;
-        let v = 0.99 * f64::from(v_values[i]) + 0.01 * grad * grad;
-        let w = f64::from(w.1[i]) * (1.0 - 0.1 * 0.2);
-        ws.push(w - 0.1 * (m / 0.3) / ((v / 0.4).sqrt() + 1e-3));
-        ms.push(m);
-        vs.push(v);
-    }
-    gpu.expect("weights", &w.0, &ws, EXACT);
-    gpu.expect("m", &m.0, &ms, EXACT);
-    gpu.expect("v", &v, &vs, EXACT);
-    gpu.expect("grad", &g.0, &vec![0.0; len], EXACT);
 }
 
 /// Where element `i` of `slot`'s column of `head` is.
@@ -526,147 +351,8 @@ fn linear_backward() {
     }
 }
 
-#[test]
-fn attention_backward() {
-    let Some(gpu) = Gpu::open() else { return };
-    // `sequences`: new tokens and keys of each.
-    for (heads, kv_heads, dim, sequences, window, soft_cap, dtype) in [
-        (1, 1, 8, vec![(1usize, 1usize)], 0, 0.0, DType::F32),
-        (4, 2, 54, vec![(7, 7), (2, 20), (33, 70)], 0, 0.0, DType::F32),
-        (3, 1, 96, vec![(20, 90)], 24, 2.0, DType::F32),
-        (2, 1, 256, vec![(5, 9)], 0, 0.0, DType::F32),
-        (4, 2, 64, vec![(40, 70), (3, 3)], 0, 0.0, DType::Bf16),
-        (4, 4, 128, vec![(70, 80)], 20, 3.0, DType::Bf16),
-        (1, 1, 256, vec![(9, 9)], 0, 0.0, DType::Bf16),
-    ] {
-        let block_size = 16;
-        let tokens: usize = sequences.iter().map(|s| s.0).sum();
-        let (stride, width) = ((heads + 2 * kv_heads) * dim, heads * dim);
-        let max_blocks = sequences.iter().map(|s| s.1.div_ceil(block_size)).max().unwrap() + 1;
-        let (mut tables, mut cu_q, mut blocks) = (vec![], vec![0u32], 1);
-        for &(new, context) in &sequences {
-            let used = context.div_ceil(block_size);
-            // From the last to the first.
-            tables.extend((0..used).rev().map(|block| (blocks + block) as u32));
-            tables.resize(cu_q.len() * max_blocks, u32::MAX);
-            cu_q.push(cu_q[cu_q.len() - 1] + new as u32);
-            blocks += used;
-        }
-        let pages = [blocks, kv_heads, block_size, dim];
-        let (q, q_values) = gpu.random(dtype, &[tokens, stride]);
-        // Slots that nobody uses hold anything.
-        let used = |mut values: Vec<f32>| {
-            let mut owned = vec![false; values.len()];
-            for (s, &(_, context)) in sequences.iter().enumerate() {
-                for key in 0..context {
-                    let slot =
-                        tables[s * max_blocks + key / block_size] as usize * block_size + key % block_size;
-                    for head in 0..kv_heads {
-                        owned[page_at(pages, slot, head, 0)..][..dim].fill(true);
-                    }
-                }
-            }
-            values.iter_mut().zip(owned).filter(|(_, owned)| !owned).for_each(|(x, _)| *x = f32::NAN);
-            values
-        };
-        let page = || gpu.cast(dtype, used(gpu.numbers(pages.iter().product())), &pages);
-        let ((keys, k), (values, v)) = (page(), page());
-        let (dkeys, dk) = gpu.random(DType::F32, &pages);
-        let (dvalues, dv) = gpu.random(DType::F32, &pages);
-        let (dout, dout_values) = gpu.random(DType::F32, &[tokens, width]);
-        let (mut dq, mut dk, mut dv) = (vec![0.0; tokens * width], wide(&dk), wide(&dv));
-        let mut out = vec![0.0f32; tokens * width];
-        let scale = 1.0 / (dim as f32).sqrt();
-        for (s, &(new, context)) in sequences.iter().enumerate() {
-            for t in 0..new {
-                let (at, token) = (context - new + t, cu_q[s] as usize + t);
-                let first = if window > 0 { (at + 1).saturating_sub(window) } else { 0 };
-                for head in 0..heads {
-                    let kv_head = head / (heads / kv_heads);
-                    let q = &q_values[token * stride + head * dim..][..dim];
-                    let at_key = |key: usize| {
-                        let slot = tables[s * max_blocks + key / block_size] as usize * block_size
-                            + key % block_size;
-                        page_at(pages, slot, kv_head, 0)
-                    };
-                    let dot = |x: &[f32], y: &[f32]| -> f64 {
-                        x.iter().zip(y).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum()
-                    };
-                    let cap = f64::from(soft_cap);
-                    let scores: Vec<f64> =
-                        (first..=at).map(|key| f64::from(scale) * dot(q, &k[at_key(key)..][..dim])).collect();
-                    let capped = |s: f64| if cap > 0.0 { cap * (s / cap).tanh() } else { s };
-                    let total: f64 = scores.iter().map(|&s| capped(s).exp()).sum();
-                    let p: Vec<f64> = scores.iter().map(|&s| capped(s).exp() / total).collect();
-                    let row = token * width + head * dim;
-                    let d = &dout_values[row..][..dim];
-                    for i in 0..dim {
-                        let y: f64 =
-                            (first..=at).zip(&p).map(|(key, p)| p * f64::from(v[at_key(key) + i])).sum();
-                        out[row + i] = y as f32;
-                    }
-                    let delta = dot(d, &out[row..][..dim]);
-                    for ((key, &p), &score) in (first..=at).zip(&p).zip(&scores) {
-                        let from = at_key(key);
-                        let bend = if cap > 0.0 { 1.0 - (score / cap).tanh().powi(2) } else { 1.0 };
-                        let ds = p * (dot(d, &v[from..][..dim]) - delta) * bend * f64::from(scale);
-                        for i in 0..dim {
-                            dq[row + i] += ds * f64::from(k[from + i]);
-                            dk[from + i] += ds * f64::from(q[i]);
-                            dv[from + i] += p * f64::from(d[i]);
-                        }
-                    }
-                }
-            }
-        }
-        let (out, _) = gpu.cast(dtype, out, &[tokens, width]);
-        let need = ops::Scratch::AttentionBackward {
-            tokens,
-            sequences: sequences.len(),
-            heads,
-            head_dim: dim,
-            context: max_blocks * block_size,
-        };
-        let context: Vec<u32> = sequences.iter().map(|s| s.1 as u32).collect();
-        let forward = AttentionOperands {
-            q,
-            pages: KvPages { keys, values },
-            cu_q: gpu.indices(&cu_q),
-            context: gpu.indices(&context),
-            block_tables: gpu.indices(&tables),
-            out,
-            scratch: gpu.unwritten(DType::F32, &[1]),
-        };
-        let grads = AttentionGrads {
-            dout,
-            dq: gpu.unwritten(DType::F32, &[tokens, width]),
-            dkv: KvPages { keys: dkeys, values: dvalues },
-            scratch: gpu.unwritten(DType::F32, &[gpu.cuda.scratch_len(need)]),
-        };
-        let p = AttentionParams {
-            pass: ops::Pass::Prefill,
-            tokens: tokens as u32,
-            sequences: sequences.len() as u32,
-            heads: heads as u32,
-            kv_heads: kv_heads as u32,
-            head_dim: dim as u32,
-            q_stride: stride as u32,
-            max_blocks: max_blocks as u32,
-            scale,
-            soft_cap,
-            window: window as u32,
-        };
-        gpu.cuda.attention_backward(gpu.queue.id(), p, &forward, &grads);
-        let tolerance = if dtype == DType::F32 { 2e-5 } else { 1e-2 };
-        let name = |what: &str| format!("{what} of {heads}/{kv_heads} heads of {dim}");
-        gpu.expect(&name("dq"), &grads.dq, &dq, tolerance);
-        gpu.expect(&name("dk"), &grads.dkv.keys, &dk, tolerance);
-        gpu.expect(&name("dv"), &grads.dkv.values, &dv, tolerance);
-    }
-}
-
 /// A fuser of some layers in training.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Fuser {
     layers: usize,
     tokens: usize,
@@ -874,17 +560,17 @@ fn fuser() {
         Fuser { hidden: 61, inner: 53, source: (3, 10), target: (3, 6), tokens: 18, dropout: 0.2, ..C2C },
     ] {
         let expected = train_fuser(&cpu, f, Precision::F32);
-        for (precision, tolerance) in [(Precision::F32, 2e-5), (Precision::Fast, 2e-2)] {
+        for (precision, tolerance) in [(Precision::F32, 2e-5), (Precision::Fast, 3e-2)] {
             let found = train_fuser(&gpu.queue, f, precision);
             assert_eq!(found.len(), expected.len());
             for ((name, found), (_, expected)) in found.iter().zip(&expected) {
-                let size = (wide(expected).iter().map(|x| x * x).sum::<f64>() / expected.len() as f64).sqrt();
+                let size = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+                let off = found.iter().zip(expected).map(|(x, y)| (x - y).abs());
                 let most =
-                    wide(found).iter().zip(wide(expected)).map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
-                assert!(found.iter().all(|x| x.is_finite()), "{name}");
+                    off.fold(0.0, |most: f32, x| if x.is_finite() { most.max(x) } else { f32::INFINITY });
                 assert!(
-                    most <= 4.0 * tolerance * size,
-                    "{precision:?} {name}: off by {most:.3e}, rms {size:.3e}"
+                    most <= tolerance * size,
+                    "{f:?} {precision:?} {name}: off by {most:.3e}, the largest is {size:.3e}"
                 );
             }
         }

@@ -26,7 +26,7 @@ pub(super) struct AttentionBackwardArgs {
 // SAFETY: twin of `AttentionBackwardArgs` in kernels/attention_backward.cu.
 unsafe impl KernelArgs for AttentionBackwardArgs {}
 
-/// F32 elements: of each row the logarithm of its sum of exponentials, and the product of its output and that one's gradient.
+/// F32 elements: of each row the logarithm of its sum of exponentials, and what all of its scores' gradients have in common.
 pub(super) fn scratch_len(tokens: usize, heads: usize) -> usize {
     2 * tokens * heads
 }
