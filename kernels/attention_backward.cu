@@ -123,8 +123,8 @@ template <typename P, unsigned N> __device__ __forceinline__ void backward_q(con
         s.clear();
         s.add(shared.tiles, q, tile.row, k, key, a.head_dim);
         s.each([&](unsigned m, unsigned n, float x, float y) {
-            *reinterpret_cast<float2*>(&shared.scores[m * PITCH + n]) =
-                make_float2(seen(m, key + n) ? scores.of(x) : -INFINITY, seen(m, key + n + 1) ? scores.of(y) : -INFINITY);
+            store_pair(&shared.scores[m * PITCH + n], seen(m, key + n) ? scores.of(x) : -INFINITY,
+                       seen(m, key + n + 1) ? scores.of(y) : -INFINITY);
         });
         __syncthreads();
         for (unsigned m = warp; m < SIDE; m += WARPS) {
@@ -140,8 +140,9 @@ template <typename P, unsigned N> __device__ __forceinline__ void backward_q(con
         dp.clear();
         dp.add(shared.tiles, dout, tile.row, v, key, a.head_dim);
         dp.each([&](unsigned m, unsigned n, float x, float y) {
-            float2& pair = *reinterpret_cast<float2*>(&shared.scores[m * PITCH + n]);
-            pair = make_float2(pair.x * x, pair.y * y);
+            float* pair = &shared.scores[m * PITCH + n];
+            const float2 before = *reinterpret_cast<const float2*>(pair);
+            store_pair(pair, before.x * x, before.y * y);
         });
         __syncthreads();
         for (unsigned m = warp; m < SIDE; m += WARPS) {
@@ -171,7 +172,7 @@ template <typename P, unsigned N> __device__ __forceinline__ void backward_q(con
         s.add(shared.tiles, q, tile.row, k, key, a.head_dim);
         // Each thread leaves the scores where it will look for them.
         s.each([&](unsigned m, unsigned n, float x, float y) {
-            *reinterpret_cast<float2*>(&shared.scores[m * PITCH + n]) = make_float2(x, y);
+            store_pair(&shared.scores[m * PITCH + n], x, y);
         });
         P dp;
         dp.clear();
@@ -182,8 +183,9 @@ template <typename P, unsigned N> __device__ __forceinline__ void backward_q(con
             return exp2f(e - shared.logs[m]) * (dp - shared.deltas[m]) * scores.slope(e);
         };
         dp.each([&](unsigned m, unsigned n, float x, float y) {
-            float2& pair = *reinterpret_cast<float2*>(&shared.scores[m * PITCH + n]);
-            pair = make_float2(ds(m, key + n, pair.x, x), ds(m, key + n + 1, pair.y, y));
+            float* pair = &shared.scores[m * PITCH + n];
+            const float2 before = *reinterpret_cast<const float2*>(pair);
+            store_pair(pair, ds(m, key + n, before.x, x), ds(m, key + n + 1, before.y, y));
         });
 #pragma unroll
         for (unsigned i = 0; i < N; ++i)
@@ -242,8 +244,7 @@ template <typename P, unsigned N> __device__ __forceinline__ void backward_kv(co
                 return seen(m, key) ? exp2f(scores.of(s) - shared.logs[m]) : 0.f;
             };
             s.each([&](unsigned m, unsigned n, float x, float y) {
-                *reinterpret_cast<float2*>(&shared.scores[m * PITCH + n]) =
-                    make_float2(p(m, key + n, x), p(m, key + n + 1, y));
+                store_pair(&shared.scores[m * PITCH + n], p(m, key + n, x), p(m, key + n + 1, y));
             });
         }
         const TileLines<true> tile{shared.scores};
@@ -261,8 +262,9 @@ template <typename P, unsigned N> __device__ __forceinline__ void backward_kv(co
                 return p > 0.f ? p * (dp - shared.deltas[m]) * scores.slope(log2f(p) + shared.logs[m]) : 0.f;
             };
             dp.each([&](unsigned m, unsigned n, float x, float y) {
-                float2& pair = *reinterpret_cast<float2*>(&shared.scores[m * PITCH + n]);
-                pair = make_float2(ds(m, pair.x, x), ds(m, pair.y, y));
+                float* pair = &shared.scores[m * PITCH + n];
+                const float2 before = *reinterpret_cast<const float2*>(pair);
+                store_pair(pair, ds(m, before.x, x), ds(m, before.y, y));
             });
         }
 #pragma unroll

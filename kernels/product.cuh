@@ -216,18 +216,21 @@ struct ProductF32 {
     }
 };
 
+// One store: the compiler takes those of two elements apart. `to` is at a multiple of 8.
+__device__ __forceinline__ void store_pair(float* to, float x, float y) {
+    *reinterpret_cast<uint64_t*>(to) = uint64_t(__float_as_uint(y)) << 32 | __float_as_uint(x);
+}
+
 // Assigns two neighbours to elements `at`, at + 1 of a row of `width`, or adds them.
 __device__ __forceinline__ void put2(float* row, uint32_t at, uint32_t width, float x, float y, bool add) {
     if (at >= width) return;
     float* to = row + at;
     if (at + 1 < width && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
-        float2 both = make_float2(x, y);
         if (add) {
             const float2 before = *reinterpret_cast<const float2*>(to);
-            both = make_float2(before.x + x, before.y + y);
+            x = before.x + x, y = before.y + y;
         }
-        *reinterpret_cast<float2*>(to) = both;
-        return;
+        return store_pair(to, x, y);
     }
     to[0] = add ? to[0] + x : x;
     if (at + 1 < width) to[1] = add ? to[1] + y : y;
