@@ -251,7 +251,7 @@ pub(super) fn forward(
         s.gather(source, geometry.source, input);
     }
     if p.fuse.use_target {
-        let right = s.from_column(input, staged(&extent));
+        let right = s.columns_from(input, staged(&extent));
         s.gather(target, geometry.target, right);
     }
     let linear = s.linear(|p| &p.input);
@@ -372,7 +372,7 @@ fn backward_of(
         return s.plan(&extent);
     }
     let dinput = s.scratch(linear.cols as usize);
-    let dright = s.from_column(dinput, staged(&extent));
+    let dright = s.columns_from(dinput, staged(&extent));
     s.product_backward(&linear, saved.input, dz, Some(dinput));
     if wanted {
         let args = FuseTrainingArgs {
@@ -498,8 +498,8 @@ impl<'a> Steps<'a> {
         Rows { operand: self.operand(|half| (half.saved + at, DType::F32)), stride: width as u32 }
     }
 
-    /// The same rows from column `column` on.
-    fn from_column(&mut self, rows: Rows, column: usize) -> Rows {
+    /// The same rows from a column on.
+    fn columns_from(&mut self, rows: Rows, column: usize) -> Rows {
         let starts: Vec<u64> = self.lists.iter().map(|list| list[rows.operand as usize].data).collect();
         for (list, start) in self.lists.iter_mut().zip(starts) {
             list.push(Operand { data: start + 4 * column as u64, dtype: dtype_code(DType::F32), part: 0 });
