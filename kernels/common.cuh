@@ -81,6 +81,18 @@ template <int WARPS> __device__ __forceinline__ float block_sum(float x, float* 
     return total;
 }
 
+// The largest of a block, as `block_sum`.
+template <int WARPS> __device__ __forceinline__ float block_max(float x, float* scratch) {
+    x = warp_max(x);
+    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = x;
+    __syncthreads();
+    float most = scratch[0];
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) most = fmaxf(most, scratch[w]);
+    __syncthreads();
+    return most;
+}
+
 enum Activation : uint32_t { SILU = 0, GELU_TANH = 1, GELU_ERF = 2 };
 
 // Twin of `ops::Activation`.
@@ -91,6 +103,21 @@ __device__ __forceinline__ float activate(uint32_t activation, float x) {
         return 0.5f * x * (1.f + tanhf(inner));
     }
     return 0.5f * x * (1.f + erff(x * 0.7071067811865476f));
+}
+
+// Its derivative.
+__device__ __forceinline__ float activation_slope(uint32_t activation, float x) {
+    if (activation == SILU) {
+        const float gate = 1.f / (1.f + __expf(-x));
+        return gate * (1.f + x * (1.f - gate));
+    }
+    if (activation == GELU_TANH) {
+        const float t = tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x));
+        // Finite: far out it is multiplied by 0.
+        const float inner = 0.7978845608028654f * (1.f + 3.f * 0.044715f * fminf(x * x, 1e30f));
+        return 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * inner;
+    }
+    return 0.5f * (1.f + erff(x * 0.7071067811865476f)) + x * 0.3989422804014327f * __expf(-0.5f * x * x);
 }
 
 __host__ __device__ constexpr uint32_t div_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }

@@ -9,6 +9,7 @@
 // of other types on the way; `fuse_any` takes every type and width an element at a time; `fuse_f32` is precision f32,
 // with plain multiply-adds.
 #include "blocks.cuh"
+#include "columns.cuh"
 #include "matmul.cuh"
 
 // A matrix [rows, cols] and its bias, or the weight of a norm as the vector.
@@ -26,12 +27,6 @@ struct FuseProblem {
     void* out;
     float gate;
     uint32_t unused;
-};
-
-// Columns of a cache, [blocks, heads, block_size, dim]: of token t that of slot slots[t], or t without slots.
-struct FuseColumns {
-    const uint32_t* slots;
-    uint32_t dtype, width, heads, block_size, dim, unused;
 };
 
 enum FuseEpilogue : uint32_t {
@@ -65,15 +60,6 @@ struct FuseArgs {
 
 __device__ __forceinline__ const FuseMatrix& matrix_of(const FuseArgs& a) {
     return a.matrices[size_t(blockIdx.z) * a.matrices_each + a.matrix];
-}
-
-// Where the column of a token begins, in units of `dim` elements; its heads are block_size such rows apart.
-__device__ __forceinline__ uint32_t column_row(const FuseColumns& c, uint32_t token) {
-    const uint32_t slot = c.slots ? c.slots[token] : token;
-    return slot / c.block_size * c.heads * c.block_size + slot % c.block_size;
-}
-__device__ __forceinline__ size_t column_element(const FuseColumns& c, uint32_t row, uint32_t k) {
-    return size_t(row + k / c.dim * c.block_size) * c.dim + k % c.dim;
 }
 
 __device__ __forceinline__ const uint8_t* first_columns(const FuseArgs& a, const FuseProblem& problem,
@@ -205,9 +191,6 @@ __device__ __forceinline__ void store4(bf16* p, float4 y) {
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
 // Elements of a page of either type.
-__device__ __forceinline__ float page_element(const void* pages, uint32_t dtype, size_t at) {
-    return dtype == F32 ? static_cast<const float*>(pages)[at] : to_float(static_cast<const bf16*>(pages)[at]);
-}
 __device__ __forceinline__ float4 page_quad(const void* pages, uint32_t dtype, size_t at) {
     return dtype == F32 ? load4(static_cast<const float*>(pages) + at) : load4(static_cast<const bf16*>(pages) + at);
 }

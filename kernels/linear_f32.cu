@@ -4,46 +4,8 @@
 // `linear_row_bf16` is the same with x in bf16: for what gemv.cu does not take, plain rows that don't begin at multiples
 // of 16 bytes and gate and up projections of two dtypes. The additions of one output are in one order, whatever the
 // other tokens and rows. Dtypes are data: the matrices of a launch may differ in them.
-#include "blocks.cuh"
-#include "parts.cuh"
+#include "weights.cuh"
 
-template <int CODE>
-__device__ __forceinline__ void elements8(const uint8_t* rows, uint32_t row, uint32_t column, uint32_t cols,
-                                          float (&out)[8]) {
-    using Format = Block<CODE>;
-    if constexpr (Format::LEN == 8) {
-        if (cols % 8 != 0) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                out[i] = column + i < cols ? load_float(rows, CODE, size_t(row) * cols + column + i) : 0.f;
-            }
-            return;
-        }
-    }
-    const size_t blocks = size_t(row) * (cols / Format::LEN) + column / Format::LEN;
-    Format::decode8(rows + blocks * Format::BYTES, column % Format::LEN, out);
-}
-
-// Columns column..column + 7 of row `row` as f32, zeros past the last. Rows of plain types may have any length.
-__device__ __forceinline__ void weights8(const Part& w, uint32_t row, uint32_t column, uint32_t cols,
-                                         float (&out)[8]) {
-    switch (w.dtype) {
-        case F32: return elements8<F32>(w.weights, row, column, cols, out);
-        case F16: return elements8<F16>(w.weights, row, column, cols, out);
-        case BF16: return elements8<BF16>(w.weights, row, column, cols, out);
-        case Q4_0: return elements8<Q4_0>(w.weights, row, column, cols, out);
-        case Q4_1: return elements8<Q4_1>(w.weights, row, column, cols, out);
-        case Q5_0: return elements8<Q5_0>(w.weights, row, column, cols, out);
-        case Q5_1: return elements8<Q5_1>(w.weights, row, column, cols, out);
-        case Q8_0: return elements8<Q8_0>(w.weights, row, column, cols, out);
-        case Q2_K: return elements8<Q2_K>(w.weights, row, column, cols, out);
-        case Q3_K: return elements8<Q3_K>(w.weights, row, column, cols, out);
-        case Q4_K: return elements8<Q4_K>(w.weights, row, column, cols, out);
-        case Q5_K: return elements8<Q5_K>(w.weights, row, column, cols, out);
-        case Q6_K: return elements8<Q6_K>(w.weights, row, column, cols, out);
-        case IQ4_NL: return elements8<IQ4_NL>(w.weights, row, column, cols, out);
-    }
-}
 template <int X>
 __device__ __forceinline__ void x8(const PartsArgs& a, uint32_t token, uint32_t column, float (&out)[8]) {
     elements8<X>(static_cast<const uint8_t*>(a.x), token, column, a.cols, out);

@@ -7,7 +7,7 @@ use c2c::{
     backend::{DType, Precision, Queue},
     ops::{
         Activation, NormOutput, Pass,
-        cases::{Case, FuseCase, Run},
+        cases::{AttentionShape, Case, FuseCase, Run, TrainingCase},
     },
 };
 use softcuda::{KernelCounts, counters::Counts};
@@ -21,6 +21,10 @@ fn linear(pass: Pass, dtype: DType, tokens: usize, cols: usize, rows: usize) -> 
 fn attention(pass: Pass, heads: usize, kv_heads: usize, head_dim: usize, new: usize, context: usize) -> Case {
     let sequences = vec![(new, context)];
     Case::Attention { pass, heads, kv_heads, head_dim, sequences, block_size: 16, window: 0, soft_cap: 0.0 }
+}
+
+fn training(case: TrainingCase) -> Case {
+    Case::Training(case)
 }
 
 const FUSE: FuseCase = FuseCase {
@@ -105,6 +109,58 @@ fn kernels_keep_to_their_budgets() {
         (Case::Fuse(FUSE), Some(fuse_products + 4 * products(128, 256, 64)), true),
         (Case::Embed { dtype: DType::Bf16, vocab: 64, hidden: 1024, tokens: 32 }, Some(0), false),
         (Case::CopySlots { kv_heads: 8, head_dim: 64, block_sizes: [16, 16], tokens: 64 }, Some(0), false),
+        (
+            training(TrainingCase::Glu { tokens: 16, width: 512, activation: Activation::Silu }),
+            Some(0),
+            false,
+        ),
+        (
+            training(TrainingCase::GluBackward { tokens: 16, width: 512, activation: Activation::Silu }),
+            Some(0),
+            false,
+        ),
+        (
+            training(TrainingCase::RmsNorm {
+                rows: 64,
+                cols: 1024,
+                weight: DType::Bf16,
+                output: NormOutput::Add,
+                learns: true,
+            }),
+            Some(0),
+            true,
+        ),
+        (training(TrainingCase::Embed { vocab: 64, hidden: 1024, tokens: 32 }), Some(0), false),
+        (training(TrainingCase::CrossEntropy { rows: 4, vocab: 8192, soft_cap: 0.0 }), Some(0), false),
+        (training(TrainingCase::Adamw { len: 1 << 14 }), Some(0), false),
+        (training(TrainingCase::SumOfSquares { len: 1 << 20 }), Some(0), false),
+        (
+            training(TrainingCase::Rope {
+                heads: 8,
+                kv_heads: 4,
+                head_dim: 128,
+                tokens: 64,
+                block_size: 16,
+                norm: Some(DType::Bf16),
+                interleaved: false,
+            }),
+            Some(0),
+            true,
+        ),
+        // The forward kernel's products; then of three pairs of tiles five products for the queries and four for the keys.
+        (
+            training(TrainingCase::Attention(AttentionShape {
+                heads: 4,
+                kv_heads: 4,
+                head_dim: 64,
+                sequences: vec![(128, 128)],
+                block_size: 16,
+                window: 0,
+                soft_cap: 0.0,
+            })),
+            Some(4 * (causal_products(128, 64) + 3 * 9 * products(64, 64, 64))),
+            true,
+        ),
     ];
     println!(
         "| case | kernel | launches | lane instructions | sectors / fewest | conflicts / access | mma |"

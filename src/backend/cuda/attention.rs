@@ -44,12 +44,18 @@ pub(super) fn paged_attention(
     o: &AttentionOperands,
     processors: u32,
 ) -> (Launch, Option<Launch>, AttentionArgs) {
+    let args = args(p, o);
+    let (first, second) = launches(p, args.splits, o.q.dtype(), o.pages.keys.dtype(), processors);
+    (first, second, args)
+}
+
+/// # Panics
+/// If the block size is no power of two, or the scale not positive.
+pub(super) fn args(p: AttentionParams, o: &AttentionOperands) -> AttentionArgs {
     let block_size = o.pages.block_size() as u32;
     assert!(block_size.is_power_of_two(), "paged_attention: blocks of {block_size} slots");
     assert!(p.scale > 0.0, "paged_attention: a scale of {}", p.scale);
-    let splits = most_splits(p.max_blocks * block_size, p.window);
-    let (first, second) = launches(p, splits, o.q.dtype(), o.pages.keys.dtype(), processors);
-    let args = AttentionArgs {
+    AttentionArgs {
         q: o.q.address(),
         keys: o.pages.keys.address(),
         values: o.pages.values.address(),
@@ -65,14 +71,13 @@ pub(super) fn paged_attention(
         q_stride: p.q_stride,
         max_blocks: p.max_blocks,
         block_size,
-        splits,
+        splits: most_splits(p.max_blocks * block_size, p.window),
         window: p.window,
         scale: p.scale,
         soft_cap: p.soft_cap,
         q_dtype: dtype_code(o.q.dtype()),
         kv_dtype: dtype_code(o.pages.keys.dtype()),
-    };
-    (first, second, args)
+    }
 }
 
 /// F32 elements of the partial results: of each sequence, split and head `head_dim` sums, a maximum and a sum of

@@ -1,4 +1,4 @@
-//! Token embedding: kernels/embed.cu.
+//! Token embedding: kernels/embed.cu, and its backward: kernels/embed_backward.cu.
 
 use super::{Launch, launch::KernelArgs};
 use crate::{
@@ -52,4 +52,28 @@ pub(super) fn launch(p: EmbedParams, table: DType) -> Launch {
         DType::U32 => unreachable!("U32 is no table"),
     };
     Launch { kernel, grid: (p.tokens, 1, 1), block: 128, shared: 0 }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct EmbedBackwardArgs {
+    ids: u64,
+    dout: u64,
+    dtable: u64,
+    p: EmbedParams,
+}
+
+// SAFETY: twin of `EmbedBackwardArgs` in kernels/embed_backward.cu.
+unsafe impl KernelArgs for EmbedBackwardArgs {}
+
+/// A block a token and 1024 columns.
+pub(super) fn embed_backward(
+    p: EmbedParams,
+    ids: &Tensor,
+    dout: &Tensor,
+    dtable: &Tensor,
+) -> (Launch, EmbedBackwardArgs) {
+    let args = EmbedBackwardArgs { ids: ids.address(), dout: dout.address(), dtable: dtable.address(), p };
+    let grid = (p.tokens, p.hidden.div_ceil(1024), 1);
+    (Launch { kernel: "embed_backward", grid, block: 256, shared: 0 }, args)
 }

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Of the fuser's RMSNorm, whatever the models use.
-const NORM_EPS: f32 = 1e-6;
+pub(super) const NORM_EPS: f32 = 1e-6;
 
 /// Twin of `FuseMatrix` in kernels/fuse.cu.
 #[repr(C)]
@@ -36,13 +36,13 @@ struct Problem {
     unused: u32,
 }
 
-/// Twin of `FuseColumns`.
+/// Twin of `FuseColumns` in kernels/columns.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Default, PartialEq)]
-struct Columns {
+pub(super) struct Columns {
     slots: u64,
-    dtype: u32,
-    width: u32,
+    pub dtype: u32,
+    pub width: u32,
     heads: u32,
     block_size: u32,
     dim: u32,
@@ -262,15 +262,15 @@ fn copy(base: &Tensor, out: &Tensor, o: &FuseOperands) -> (Launch, CopySlotsArgs
 
 /// Columns of the caches of a layer.
 #[derive(PartialEq)]
-struct Geometry {
-    source: Columns,
-    target: Columns,
-    base: Columns,
-    out: Columns,
+pub(super) struct Geometry {
+    pub source: Columns,
+    pub target: Columns,
+    pub base: Columns,
+    pub out: Columns,
 }
 
 impl Geometry {
-    fn new(layer: &FuseLayer, o: &FuseOperands) -> Geometry {
+    pub fn new(layer: &FuseLayer, o: &FuseOperands) -> Geometry {
         let columns = |pages: &KvPages, slots: &Tensor| Columns {
             slots: slots.address(),
             dtype: dtype_code(pages.keys.dtype()),

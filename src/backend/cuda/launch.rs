@@ -71,7 +71,9 @@ impl fmt::Display for Launch {
 #[cfg(test)]
 mod tests {
     use super::super::{
-        attention, embed, fuse, linear_decode, module::MODULES, pages, pointwise, rope, sample,
+        adamw, attention, attention_backward, cross_entropy, embed, fuse, fuse_training, glu,
+        linear_backward, linear_decode, module::MODULES, norm_backward, pages, pointwise, rope,
+        rope_backward, sample, sums,
     };
 
     /// The size of a kernel's one parameter, as the compiler of the other side laid it out.
@@ -85,18 +87,30 @@ mod tests {
 
     #[test]
     fn arguments_are_as_large_on_both_sides() {
+        // Of two that fit, the first.
         let sizes = [
+            ("adamw", size_of::<adamw::AdamwArgs>()),
+            ("attention_backward_", size_of::<attention_backward::AttentionBackwardArgs>()),
             ("attention_", size_of::<attention::AttentionArgs>()),
             ("copy_slots_", size_of::<pages::CopySlotsArgs>()),
+            ("cross_entropy", size_of::<cross_entropy::CrossEntropyArgs>()),
+            ("embed_backward", size_of::<embed::EmbedBackwardArgs>()),
             ("embed_", size_of::<embed::EmbedArgs>()),
+            ("fuse_training_", size_of::<fuse_training::FuseTrainingArgs>()),
             ("fuse_", size_of::<fuse::FuseArgs>()),
             ("gather_rows_", size_of::<pages::GatherRowsArgs>()),
             ("gemv_", size_of::<linear_decode::PartsArgs>()),
+            ("glu_", size_of::<glu::GluArgs>()),
+            ("linear_backward_", size_of::<linear_backward::LinearBackwardArgs>()),
             ("linear_", size_of::<linear_decode::PartsArgs>()),
+            ("rms_norm_backward", size_of::<norm_backward::RmsNormBackwardArgs>()),
             ("rms_norm_", size_of::<pointwise::RmsNormArgs>()),
+            ("rope_backward", size_of::<rope_backward::RopeBackwardArgs>()),
             ("rope_", size_of::<rope::RopeArgs>()),
             ("sample_", size_of::<sample::SampleArgs>()),
             ("soft_cap", size_of::<pointwise::SoftCapArgs>()),
+            ("sum_of_squares", size_of::<sums::SumOfSquaresArgs>()),
+            ("sum_rows", size_of::<sums::SumRowsArgs>()),
         ];
         for module in MODULES {
             for kernel in module.kernels {

@@ -4,20 +4,30 @@
 //! place per op, without looking at the device's data) and issues them; what goes wrong in a launch is kept and told at
 //! the next [`crate::backend::Queue::synchronize`] or download.
 
+mod adamw;
 mod arena;
 mod attention;
+mod attention_backward;
+mod cross_entropy;
 mod embed;
 mod event;
 mod fuse;
+mod fuse_training;
+mod glu;
 mod launch;
+mod linear_backward;
 mod linear_decode;
 mod linear_prefill;
 mod module;
+mod norm_backward;
 mod pages;
 mod pointwise;
 mod rope;
+mod rope_backward;
 mod sample;
 mod staging;
+mod sums;
+mod training;
 
 pub use arena::Memory;
 pub use event::{Event, Graph};
@@ -26,7 +36,7 @@ pub use module::{MODULES, Module};
 
 use super::{
     Backend, DType, DrawTokens, Error, Event as AnyEvent, Graph as AnyGraph, Precision, Shape, Storage,
-    Tensor,
+    Tensor, Training,
 };
 use crate::ops;
 use arena::Arena;
@@ -225,11 +235,14 @@ impl Backend for Cuda {
             ops::Scratch::Attention { sequences, heads, head_dim, context } => {
                 attention::scratch_len(sequences, heads, head_dim, context)
             }
-            ops::Scratch::Fuse(extent) => fuse::scratch_len(extent),
-            // TRAINING
-            ops::Scratch::FuseSaved(_)
-            | ops::Scratch::FuseBackward(_)
-            | ops::Scratch::AttentionBackward { .. } => 0,
+            ops::Scratch::Fuse(extent) => {
+                fuse::scratch_len(extent).max(fuse_training::forward_scratch_len(extent))
+            }
+            ops::Scratch::AttentionBackward { tokens, heads, .. } => {
+                attention_backward::scratch_len(tokens, heads)
+            }
+            ops::Scratch::FuseSaved(extent) => fuse_training::saved_len(extent),
+            ops::Scratch::FuseBackward(extent) => fuse_training::backward_scratch_len(extent),
         }
     }
 
@@ -430,6 +443,10 @@ impl Backend for Cuda {
         }
         plan.launches.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
         plan.copies.iter().for_each(|(launch, args)| self.launch(queue, launch, args));
+    }
+
+    fn training(&self) -> Option<&dyn Training> {
+        Some(self)
     }
 
     fn draw_tokens(&self) -> Option<&dyn DrawTokens> {

@@ -10,6 +10,7 @@ use crate::{
 #[derive(Clone, Copy)]
 pub(super) struct RopeArgs {
     qkv: u64,
+    q: u64,
     q_norm: u64,
     k_norm: u64,
     cos_sin: u64,
@@ -24,6 +25,7 @@ pub(super) struct RopeArgs {
     q_norm_dtype: u32,
     k_norm_dtype: u32,
     interleaved: u32,
+    q_stride: u32,
     norm_eps: f32,
     norm_offset: f32,
 }
@@ -40,8 +42,10 @@ pub(super) fn rope_kv_write(p: RopeParams, o: &RopeOperands) -> (Launch, RopeArg
     // No norm: address 0, whose type nobody asks for.
     let norm = |norm: &Option<Tensor>| norm.as_ref().map_or((0, 0), |n| (n.address(), dtype_code(n.dtype())));
     let ((q_norm, q_norm_dtype), (k_norm, k_norm_dtype)) = (norm(&o.q_norm), norm(&o.k_norm));
+    let q = o.q_out.as_ref().unwrap_or(&o.qkv);
     let args = RopeArgs {
         qkv: o.qkv.address(),
+        q: q.address(),
         q_norm,
         k_norm,
         cos_sin: o.cos_sin.address(),
@@ -56,6 +60,7 @@ pub(super) fn rope_kv_write(p: RopeParams, o: &RopeOperands) -> (Launch, RopeArg
         q_norm_dtype,
         k_norm_dtype,
         interleaved: p.interleaved,
+        q_stride: q.row_len() as u32,
         norm_eps: p.norm_eps,
         norm_offset: p.norm_offset,
     };

@@ -98,6 +98,13 @@ impl Data {
         Ok(self.place(DType::F32, &values, dims)?.0)
     }
 
+    /// F32 gradient of activations, which a plain implementation in bf16 would be given rounded.
+    pub fn gradient(&mut self, dims: &[usize]) -> Result<Tensor, Error> {
+        let values = self.numbers(dims.iter().product());
+        let values = self.rounded(values);
+        Ok(self.place(DType::F32, &values, dims)?.0)
+    }
+
     /// Input in the device's dtype of activations.
     pub fn activations(&mut self, dims: &[usize]) -> Result<Tensor, Error> {
         let values = self.numbers(dims.iter().product());

@@ -134,7 +134,7 @@ impl TrainingCase {
                 let (tokens, sequences) = (p.tokens as usize, p.sequences as usize);
                 let context = p.max_blocks as usize * block_size;
                 let grads = AttentionGrads {
-                    dout: data.float(&[tokens, heads * head_dim])?,
+                    dout: data.gradient(&[tokens, heads * head_dim])?,
                     dq: data.output("dq", false, &[tokens, heads * head_dim])?,
                     dkv: data.float_pages_in_out("dkv", &slots, kv_heads, head_dim, block_size)?,
                     scratch: data.scratch(Scratch::AttentionBackward {
