@@ -3,6 +3,7 @@
 use c2c::{
     align::{Alignment, Fraction, LayerMapping},
     backend::DeviceChoice,
+    builtin,
     engine::{Rules, SamplingParams},
     fuser::{FusionMode, GateOverride},
     pipeline::{self, Answer, ComputeType, FuserChoice, Mode, Overlap, Question, Session, SessionOptions},
@@ -22,6 +23,7 @@ use std::{
 ///
 /// The Sharer and the Receiver read the same prompt; a fuser adds what the Sharer's cache knows to the Receiver's;
 /// the Receiver answers. Models are Hugging Face folders (config.json, tokenizer.json, *.safetensors) or GGUF files.
+/// Without --receiver, --sharer and --fuser the small built-in pair answers.
 ///
 /// Example:
 ///   generate --receiver smol.gguf --sharer qwen.gguf --fuser fuser/ --prompt "Why is the sky blue?"
@@ -254,7 +256,8 @@ fn replay(args: &Args, session: &Session, params: &SamplingParams) -> Result<(),
 }
 
 fn options(args: &Args) -> SessionOptions {
-    SessionOptions {
+    let none_named = args.receiver.is_none() && args.sharer.is_empty() && args.fuser.is_empty();
+    let given = SessionOptions {
         mode: args.mode,
         receiver: args.receiver.clone(),
         sharers: args.sharer.clone(),
@@ -268,6 +271,15 @@ fn options(args: &Args) -> SessionOptions {
         device: args.device,
         threads: args.threads,
         overlap: args.overlap,
+    };
+    if !none_named {
+        return given;
+    }
+    SessionOptions {
+        receiver: Some(builtin::path("receiver")),
+        sharers: vec![builtin::path("sharer")],
+        fusers: vec![FuserChoice::Load(builtin::path("fuser"))],
+        ..given
     }
 }
 

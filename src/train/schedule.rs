@@ -98,7 +98,7 @@ mod tests {
         for schedule in [Schedule::Linear, Schedule::Cosine, Schedule::Constant, Schedule::ConstantWithWarmup]
         {
             for (warmup, total) in [(0, 0), (5, 5), (9, 3), (0, 1), (1, 1)] {
-                let rate = LearningRate { schedule, base: 2.0, warmup, total };
+                let rate = LearningRate { schedule, base: 2.0, warmup, total, final_ratio: 0.0 };
                 assert!((0..20).all(|update| (0.0..=2.0).contains(&rate.at(update))), "{rate:?}");
             }
         }

@@ -1,0 +1,216 @@
+//! `train` as its user runs it: a process, files, kills and resumptions. The models are tiny random ones.
+
+use c2c::train::{Record, events};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+fn model(name: &str) -> String {
+    format!("{}/tests/fixtures/pair/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A folder with a data file and a configuration of a few small updates; more settings come behind.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new(what: &str) -> Place {
+        let place = Place(tempfile::tempdir().unwrap());
+        let rows = (0..24).map(|i| {
+            format!(
+                r#"{{"question": "Which number is {i}?", "choices": ["{i}", "the other", "{}", "none"], "answer_index": {}}}"#,
+                i + 7,
+                i % 4
+            ) + "\n"
+        });
+        fs::write(place.path("rows.jsonl"), rows.collect::<String>()).unwrap();
+        let sharers = if what == "fuser" { format!("[{:?}]", model("sharer")) } else { "[]".into() };
+        let config = format!(
+            "what = {what:?}\nreceiver = {:?}\nsharers = {sharers}\nseed = 3\ndtype = \"f32\"\neval_every = 4\nsave_every = 5\n\
+             train_ratio = 0.75\n[fuser]\nhidden = 16\nintermediate = 24\n[length]\nsteps = 10\n[batch]\nsamples = 3\naccumulate = 2\n\
+             [optimizer]\nlearning_rate = 1e-3\n[[data]]\npath = {:?}\n",
+            model("receiver"),
+            place.path("rows.jsonl")
+        );
+        fs::write(place.path("run.toml"), config).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn command(&self, out: &str, more: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_train"));
+        command.args(["--config", self.path("run.toml").to_str().unwrap()]);
+        command.args(["--out", self.path(out).to_str().unwrap(), "--set", "threads=2"]).args(more);
+        command.env_remove("RUST_LOG");
+        command
+    }
+
+    fn train(&self, out: &str, more: &[&str]) -> Output {
+        self.command(out, more).output().unwrap()
+    }
+}
+
+fn resume(folder: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_train")).args(["--resume", folder.to_str().unwrap()]).output().unwrap()
+}
+
+fn told(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Losses and norms by update.
+fn updates(folder: &Path) -> Vec<(u64, f64, f64)> {
+    let records = events::read(folder).unwrap().into_iter();
+    let update = |record| match record {
+        Record::Update(update) => Some((update.step, update.loss, update.gradient_norm)),
+        _ => None,
+    };
+    records.filter_map(update).collect()
+}
+
+fn trained(folder: &Path, file: &str) -> Vec<u8> {
+    fs::read(folder.join("final").join(file)).unwrap()
+}
+
+#[test]
+fn ten_updates_are_five_and_five_bit_for_bit() {
+    for (what, file) in [("fuser", "fuser.safetensors"), ("model", "model.safetensors")] {
+        let place = Place::new(what);
+        let whole = place.train("whole", &[]);
+        assert!(whole.status.success(), "{}", told(&whole));
+        let said = told(&whole);
+        for part in ["plan:", "updates of about", "held-out loss", "after training", "report:"] {
+            assert!(said.contains(part), "{what}: no `{part}` in\n{said}");
+        }
+        let (whole, halves) = (place.path("whole"), place.path("halves"));
+        fs::create_dir(&halves).unwrap();
+        // The folder of the first half, as if the run had been cut off after its checkpoint.
+        let from = whole.join("checkpoint-5");
+        assert!(from.is_dir(), "a checkpoint after 5 updates");
+        let output = resume(&from);
+        assert!(output.status.success(), "{}", told(&output));
+        // It goes on in the folder of the run.
+        assert_eq!(updates(&whole).len(), 10);
+        let again = place.train("again", &[]);
+        assert!(again.status.success(), "{}", told(&again));
+        assert_eq!(updates(&whole), updates(&place.path("again")), "{what}: updates");
+        assert!(trained(&whole, file) == trained(&place.path("again"), file), "{what}: trained weights");
+        assert!(whole.join("report.md").is_file() && whole.join("loss.svg").is_file());
+    }
+}
+
+#[test]
+fn a_trained_fuser_answers_and_learning_lowers_the_loss() {
+    let place = Place::new("fuser");
+    let output = place.train("run", &["--set", "length.steps=40", "--set", "optimizer.learning_rate=3e-3"]);
+    assert!(output.status.success(), "{}", told(&output));
+    let losses: Vec<f64> = updates(&place.path("run")).iter().map(|update| update.1).collect();
+    let mean = |some: &[f64]| some.iter().sum::<f64>() / some.len() as f64;
+    assert!(mean(&losses[30..]) < mean(&losses[..10]) - 0.05, "{losses:?}");
+    let answer = Command::new(env!("CARGO_BIN_EXE_generate"))
+        .args(["--receiver", &model("receiver"), "--sharer", &model("sharer"), "--fuser"])
+        .arg(place.path("run/final"))
+        .args(["--prompt", "Which number is 3?", "--max-new-tokens", "4", "--json"])
+        .output()
+        .unwrap();
+    assert!(answer.status.success(), "{}", told(&answer));
+}
+
+#[test]
+fn killed_at_any_moment_a_run_can_go_on() {
+    let place = Place::new("fuser");
+    let settings = ["--set", "save_every=1", "--set", "length.steps=200", "--set", "eval_every=0"];
+    let folder = place.path("run");
+    for round in 0..3 {
+        let mut child = if round == 0 {
+            place.command("run", &settings).stderr(Stdio::null()).spawn().unwrap()
+        } else {
+            Command::new(env!("CARGO_BIN_EXE_train"))
+                .arg("--resume")
+                .arg(&folder)
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap()
+        };
+        // Until there is something to go on from, and then some.
+        let start = Instant::now();
+        while !has_checkpoint(&folder) && start.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(300 + 170 * round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(has_checkpoint(&folder));
+    }
+    let config = ["--set", "length.steps=3"];
+    assert!(place.train("short", &config).status.success());
+    // The state of the killed run loads.
+    let step = updates(&folder).last().map_or(0, |update| update.0);
+    assert!(step > 0);
+    let output = Command::new("timeout")
+        .args(["2", env!("CARGO_BIN_EXE_train"), "--resume", folder.to_str().unwrap()])
+        .output()
+        .unwrap();
+    assert!(!told(&output).contains("error"), "{}", told(&output));
+}
+
+fn has_checkpoint(folder: &Path) -> bool {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| entry.path().join("trainer_state.safetensors").is_file())
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_saves_and_says_how_to_go_on() {
+    let place = Place::new("fuser");
+    let settings = ["--set", "length.steps=100000", "--set", "eval_every=0", "--set", "save_every=0"];
+    let child = place.command("run", &settings).stderr(Stdio::piped()).spawn().unwrap();
+    let start = Instant::now();
+    while updates_so_far(&place.path("run")) < 2 && start.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let said = told(&output);
+    assert!(output.status.success() && said.contains("interrupted") && said.contains("--resume"), "{said}");
+    assert!(has_checkpoint(&place.path("run")));
+}
+
+fn updates_so_far(folder: &Path) -> usize {
+    fs::read_to_string(folder.join("log.jsonl")).map_or(0, |log| log.matches("\"update\"").count())
+}
+
+#[test]
+fn bad_input_is_told() {
+    let place = Place::new("fuser");
+    fs::write(place.path("broken.jsonl"), "{\"question\": 1}\nnot json\n").unwrap();
+    fs::write(place.path("empty.jsonl"), "").unwrap();
+    let data = |name: &str| format!("data=[{{path={:?}}}]", place.path(name));
+    let cases: [(Vec<String>, &str); 8] = [
+        (vec![data("empty.jsonl")], "no row"),
+        (vec![data("broken.jsonl")], "broken.jsonl"),
+        (vec![data("absent.jsonl")], "absent.jsonl"),
+        (vec!["optimiser.lr=1".into()], "optimiser"),
+        (vec!["length.max_length=4".into()], "no sample"),
+        (vec!["length.max_length=4".into(), "length.too_long=error".into()], "max_length"),
+        (vec!["what=lora".into(), "sharers=[]".into()], "not built"),
+        (vec!["optimizer.learning_rate=1e30".into(), "optimizer.clip=0".into()], "not a number"),
+    ];
+    for (settings, word) in cases {
+        let more: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+        let output = place.train("bad", &more);
+        let said = told(&output);
+        assert!(!output.status.success(), "{settings:?} passed");
+        assert!(
+            said.contains(word) && said.contains("error:") && !said.contains("panicked"),
+            "{settings:?}: {said}"
+        );
+    }
+    let output = resume(&place.path("nowhere"));
+    assert!(told(&output).contains("no checkpoint"), "{}", told(&output));
+}
