@@ -1,4 +1,4 @@
-//! `train` as its user runs it: a process, files, kills and resumptions. The models are tiny random ones.
+//! `train` as its user runs it: a process, files, kills and resumptions, with the built-in pair.
 
 use c2c::train::{Record, events};
 use std::{
@@ -9,7 +9,7 @@ use std::{
 };
 
 fn model(name: &str) -> String {
-    format!("{}/tests/fixtures/pair/{name}", env!("CARGO_MANIFEST_DIR"))
+    format!("{}/assets/pair/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 
 /// A folder with a data file and a configuration of a few small updates; more settings come behind.
@@ -87,14 +87,13 @@ fn ten_updates_are_five_and_five_bit_for_bit() {
         for part in ["plan:", "updates of about", "held-out loss", "after training", "report:"] {
             assert!(said.contains(part), "{what}: no `{part}` in\n{said}");
         }
-        let (whole, halves) = (place.path("whole"), place.path("halves"));
-        fs::create_dir(&halves).unwrap();
-        // The folder of the first half, as if the run had been cut off after its checkpoint.
+        let whole = place.path("whole");
+        // As if the run had been cut off after its checkpoint.
         let from = whole.join("checkpoint-5");
         assert!(from.is_dir(), "a checkpoint after 5 updates");
         let output = resume(&from);
         assert!(output.status.success(), "{}", told(&output));
-        // It goes on in the folder of the run.
+        // It went on in the folder of the run: its updates 6 to 10 are those of the resumption.
         assert_eq!(updates(&whole).len(), 10);
         let again = place.train("again", &[]);
         assert!(again.status.success(), "{}", told(&again));
@@ -148,7 +147,7 @@ fn killed_at_any_moment_a_run_can_go_on() {
         assert!(has_checkpoint(&folder));
     }
     let config = ["--set", "length.steps=3"];
-    assert!(place.train("short", &config).status.success());
+    assert!(place.train("short", &config).status.success(), "another run is not in the way");
     // The state of the killed run loads.
     let step = updates(&folder).last().map_or(0, |update| update.0);
     assert!(step > 0);

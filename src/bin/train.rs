@@ -3,7 +3,7 @@
 use c2c::{
     backend::DeviceChoice,
     train::{
-        ConfigLayers, Error, Update,
+        ConfigLayers, Update,
         config::preset_names,
         run::{self, Watcher},
     },
@@ -104,7 +104,7 @@ impl Watcher for Screen {
     }
 }
 
-fn start(args: Args) -> Result<(), Error> {
+fn start(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let stop = Arc::new(AtomicBool::new(false));
     let asked = stop.clone();
     // A second Ctrl-C ends at once.

@@ -6,7 +6,10 @@ use super::{BatchCache, Control, Error, PairTrainer, Piece, Sample};
 use crate::{
     align::{Aligner, ChatOptions},
     backend::{DType, Queue},
-    data::{Example, PromptStyle, templates},
+    data::{
+        Example, PromptStyle,
+        templates::{self, LetterError},
+    },
     engine::SamplingParams,
     ops::IGNORED,
     pipeline::{Lane, Model, Prompt, Stream, generate, t2t},
@@ -69,6 +72,12 @@ impl Exam {
             })
         });
         Exam { questions: questions.collect() }
+    }
+
+    /// Whether answers of a model with this tokenizer can be told apart by a letter.
+    pub fn check(&self, tokenizer: &Tokenizer) -> Result<(), LetterError> {
+        let most = self.questions.iter().map(|question| question.choices).max().unwrap_or(0);
+        templates::letter_tokens(tokenizer, most).map(|_| ())
     }
 
     /// Asks every question of `answer`, which returns the logits of a model with this tokenizer.

@@ -231,8 +231,8 @@ impl TrainingPass {
         assert!(batch.tokens <= self.tokens, "pass of {} tokens", batch.tokens);
         let (weights, config) = (&decoder.weights, &decoder.config);
         ops::embed(queue, &batch.ids, &weights.embed, config.embed_scale, &self.stream(0, batch.tokens))?;
-        for layer in 0..config.layers {
-            self.layer(queue, decoder, batch, layer, &pages[layer])?;
+        for (layer, pages) in pages.iter().enumerate().take(config.layers) {
+            self.layer(queue, decoder, batch, layer, pages)?;
         }
         Ok(())
     }

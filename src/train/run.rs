@@ -317,7 +317,11 @@ impl Data {
         if samples.is_empty() {
             return Err(Error::NoSamples);
         }
-        let exam = Exam::new(held_out.iter().map(|(example, style)| (example, *style)));
+        let mut exam = Exam::new(held_out.iter().map(|(example, style)| (example, *style)));
+        if let Err(error) = trainee.tokenizers().try_for_each(|tokenizer| exam.check(tokenizer)) {
+            watcher.say(&format!("accuracy is not measured: {error}"));
+            exam.questions.clear();
+        }
         Ok(Data { samples, held_out: held_out_samples, exam, sha256 })
     }
 }
@@ -483,6 +487,16 @@ impl Trainee {
             TooLong::Skip => Ok(None),
             TooLong::Truncate => Ok(sample.truncated(most)),
         }
+    }
+
+    fn tokenizers(&self) -> impl Iterator<Item = &Tokenizer> {
+        let all: Vec<&Tokenizer> = match self {
+            Trainee::Fuser { receiver, sharers, .. } => {
+                [receiver].into_iter().chain(sharers).filter_map(|model| model.tokenizer.as_ref()).collect()
+            }
+            Trainee::Model { tokenizer, .. } => vec![tokenizer],
+        };
+        all.into_iter()
     }
 
     fn is_fuser(&self) -> bool {

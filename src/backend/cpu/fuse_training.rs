@@ -521,10 +521,10 @@ impl Rows<'_> {
         });
         let (tokens, rstd) = (self.tokens, &*rstd);
         self.team.chunks_mut(grad.norm.host_mut::<f32>(), 64, |task, dweight| {
-            for token in 0..tokens {
+            for (token, rstd) in rstd.iter().enumerate().take(tokens) {
                 let at = token * cols + 64 * task;
                 let pairs = x[at..].iter().zip(&dn[at..]);
-                dweight.iter_mut().zip(pairs).for_each(|(dw, (x, dn))| *dw += dn * x * rstd[token]);
+                dweight.iter_mut().zip(pairs).for_each(|(dw, (x, dn))| *dw += dn * x * rstd);
             }
         });
     }
@@ -536,9 +536,10 @@ vectorized! {
         let mut squares = [0.0f32; 8];
         let mut dots = [0.0f32; 8];
         for ((x, w), dn) in x.chunks(8).zip(weight.chunks(8)).zip(dn.chunks(8)) {
-            for i in 0..x.len() {
-                squares[i] += x[i] * x[i];
-                dots[i] += dn[i] * w[i] * x[i];
+            let sums = squares.iter_mut().zip(&mut dots);
+            for ((((square, dot), x), w), dn) in sums.zip(x).zip(w).zip(dn) {
+                *square += x * x;
+                *dot += dn * w * x;
             }
         }
         let n = x.len() as f32;

@@ -188,8 +188,7 @@ fn few_heads_are_cut_finer() {
     let case = Backwards::new(shape, &[(200, 200)], &[5]);
     let lens = |threads: usize| {
         let Case { p, o } = &case.forward;
-        let kernels = Kernels::of(Simd::detect());
-        let Some(kernels) = kernels else { return None };
+        let kernels = Kernels::of(Simd::detect())?;
         let call = Call {
             p: *p,
             dim: 16,
@@ -247,7 +246,7 @@ fn bf16_pages_are_what_they_were_widened_to() {
     let pages = &mut widened.forward.o.pages;
     for page in [&mut pages.keys, &mut pages.values] {
         let values: Vec<f32> = page.host::<bf16>().iter().map(|x| x.to_f32()).collect();
-        *page = tensor(&values, &page.shape().to_vec());
+        *page = tensor(&values, page.shape());
     }
     for simd in Simd::testable() {
         assert!(halves.run(2, simd).map(|x| bits(&x)) == widened.run(2, simd).map(|x| bits(&x)), "{simd}");
