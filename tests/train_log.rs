@@ -187,7 +187,7 @@ fn learning_rates_are_the_published_ones() {
     for (name, rates) in golden["lr_at_update_index"].as_object().unwrap() {
         let schedule: Schedule = serde_json::from_value(json!(name)).unwrap();
         assert_eq!(schedule.name(), name);
-        let ours = LearningRate { schedule, base, warmup, total };
+        let ours = LearningRate { schedule, base, warmup, total, final_ratio: 0.0 };
         for (update, rate) in (0..).zip(rates.as_array().unwrap()) {
             let (ours, rate) = (ours.at(update), rate.as_f64().unwrap());
             assert!(

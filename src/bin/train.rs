@@ -58,6 +58,8 @@ struct Args {
 struct Screen {
     bar: OnceLock<ProgressBar>,
     terminal: bool,
+    /// The model that was told of last: its end is reported twice.
+    loaded: std::sync::Mutex<Option<PathBuf>>,
     last: std::sync::Mutex<Option<Instant>>,
 }
 
@@ -70,7 +72,9 @@ impl Watcher for Screen {
     }
 
     fn loading(&self, path: &Path, done: u64, total: u64) {
-        if done == total {
+        let mut loaded = self.loaded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if done == total && loaded.as_deref() != Some(path) {
+            *loaded = Some(path.into());
             self.say(&format!("loaded {} ({:.1} MB)", path.display(), total as f64 / 1e6));
         }
     }
@@ -139,6 +143,7 @@ fn start(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let screen = Screen {
         bar: OnceLock::new(),
         terminal: std::io::stderr().is_terminal(),
+        loaded: std::sync::Mutex::new(None),
         last: std::sync::Mutex::new(None),
     };
     notes.iter().for_each(|note| screen.say(note));
