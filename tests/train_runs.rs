@@ -121,6 +121,31 @@ fn a_trained_fuser_answers_and_learning_lowers_the_loss() {
 }
 
 #[test]
+fn the_built_in_pair_answers_what_its_receiver_does_not_know() {
+    let questions = fs::read_to_string(model("heldout.jsonl")).unwrap();
+    let (mut c2c, mut receiver) = (0, 0);
+    for line in questions.lines().step_by(40) {
+        let row: serde_json::Value = serde_json::from_str(line).unwrap();
+        let choices = row["choices"].as_array().unwrap().iter().zip(["A", "B", "C", "D"]);
+        let choices: Vec<String> =
+            choices.map(|(text, letter)| format!("{letter} {}", text.as_str().unwrap())).collect();
+        let question = row["question"].as_str().unwrap().trim_end_matches('?');
+        let question = format!("{question}: {}?", choices.join(", "));
+        let right =
+            format!("It is {}.", ["A", "B", "C", "D"][row["answer_index"].as_u64().unwrap() as usize]);
+        for (mode, count) in [("c2c", &mut c2c), ("receiver", &mut receiver)] {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_generate"));
+            let answer =
+                command.args(["--mode", mode, "--dtype", "f32", "--prompt", &question]).output().unwrap();
+            assert!(answer.status.success(), "{}", told(&answer));
+            *count += usize::from(String::from_utf8_lossy(&answer.stdout).trim() == right);
+        }
+    }
+    // Of 12 questions.
+    assert!(c2c >= 10 && receiver <= 7, "right: C2C {c2c}, receiver {receiver}");
+}
+
+#[test]
 fn killed_at_any_moment_a_run_can_go_on() {
     let place = Place::new("fuser");
     let settings = ["--set", "save_every=1", "--set", "length.steps=200", "--set", "eval_every=0"];
