@@ -15,7 +15,7 @@ const ALONE: &str = "--mode receiver --prompt Hi --receiver {r}";
 fn bad_options_are_refused() {
     let cases: [(&str, &[&str]); 23] = [
         ("--prompt Hi --sharer {s} --fuser init", &["--receiver"]),
-        ("--mode receiver --prompt Hi", &["--receiver"]),
+        ("--mode receiver --prompt Hi --sharer {s}", &["--receiver"]),
         ("--mode sharer --prompt Hi --receiver {r}", &["--sharer"]),
         ("--mode t2t --prompt Hi --receiver {r}", &["--sharer"]),
         ("--prompt Hi --receiver {r}", &["--sharer"]),
