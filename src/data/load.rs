@@ -7,7 +7,6 @@ use super::{
 };
 use sha2::{Digest, Sha256};
 use std::{
-    fmt::Write as _,
     fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
@@ -149,11 +148,7 @@ fn sha256(files: &[PathBuf]) -> Result<String, FileError> {
         hash.update([0]);
         hash.update(content);
     }
-    Ok(hash.finalize().iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string cannot fail.
-        write!(text, "{byte:02x}").ok();
-        text
-    }))
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn sha256_of_file(path: &Path) -> io::Result<[u8; 32]> {

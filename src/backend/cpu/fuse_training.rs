@@ -6,14 +6,15 @@ use super::{
     Simd,
     fuse::{Columns, Half, NORM_EPS, Rows, carve, sigmoid},
     linear::backward as linear,
-    pointwise::{erf, exp, vector},
+    pointwise::vector,
+    pointwise_backward::{norm_rows, slope},
     simd::vectorized,
     team::{SendPtr, Team},
 };
 use crate::{
     ops::{
-        FUSE_CHUNK, Ffn, FuseExtent, FuseGrads, FuseLayer, FuseOperands, FuseTape, FuseTrainingParams,
-        LinearBackwardParams, Projector, Weight, dropout_part,
+        Activation, FUSE_CHUNK, Ffn, FuseExtent, FuseGrads, FuseLayer, FuseOperands, FuseTape,
+        FuseTrainingParams, LinearBackwardParams, NormOutput, Projector, Weight, dropout_part,
     },
     rng::{Purpose, Rng, Stream},
 };
@@ -37,7 +38,7 @@ pub fn saved_len(e: FuseExtent) -> usize {
 pub fn scratch_len(e: FuseExtent) -> usize {
     let staged = if e.stage > 0 { e.target_width } else { e.source_width };
     let hidden = e.hidden.max(e.stage);
-    e.tokens * (4 * hidden + 2 * e.inner + 2 * e.target_width + e.kv_heads + 1 + staged + e.target_width)
+    e.tokens * (4 * hidden + 2 * e.inner + 2 * e.target_width + e.kv_heads + staged + e.target_width)
 }
 
 /// What an FFN block leaves.
@@ -288,8 +289,6 @@ struct Work<'s> {
     /// `[tokens, inner]` each.
     inner: &'s mut [f32],
     dinner: &'s mut [f32],
-    /// `[tokens]`
-    rstd: &'s mut [f32],
 }
 
 impl Backward<'_> {
@@ -317,7 +316,6 @@ impl Backward<'_> {
             normed: carve(&mut scratch, tokens * most),
             inner: carve(&mut scratch, tokens * p.inner()),
             dinner: carve(&mut scratch, tokens * p.inner()),
-            rstd: carve(&mut scratch, tokens),
         };
         let logits = saved.scalar.as_ref().map(|(_, logits)| &**logits);
         self.rows.gate_backward(saved.projected, logits, gates, dout, dprojected, dlogits, dgates);
@@ -412,7 +410,8 @@ impl Backward<'_> {
         let normed = &mut work.normed[..tokens * cols];
         self.rows.norm(&ffn.norm, x, normed);
         self.linear(&ffn.w1, &grad.w1, normed, dinner, Some(branch));
-        self.rows.norm_backward(ffn, grad, x, branch, work.rstd, dz);
+        let (team, simd, weight) = (&mut *self.rows.team, self.rows.simd, vector(&ffn.norm));
+        norm_rows(team, simd, x, &weight, NORM_EPS, Some(branch), NormOutput::Add, dz, Some(&grad.norm));
     }
 }
 
@@ -497,68 +496,13 @@ impl Rows<'_> {
             gelu_backward(simd, &u[first * cols..][..rows.len()], rows);
         });
     }
-
-    /// Of `n = x · rstd · weight`: adds to `dx`, and to the gradient of the weight.
-    fn norm_backward(
-        &mut self,
-        ffn: &Ffn,
-        grad: &Ffn,
-        x: &[f32],
-        dn: &[f32],
-        rstd: &mut [f32],
-        dx: &mut [f32],
-    ) {
-        let cols = ffn.w1.cols();
-        let weight = vector(&ffn.norm);
-        let (simd, rstd_of) = (self.simd, SendPtr(rstd.as_mut_ptr()));
-        self.chunks(dx, cols, |first, rows| {
-            for (token, dx) in (first..).zip(rows.chunks_exact_mut(cols)) {
-                let at = token * cols..(token + 1) * cols;
-                // SAFETY: `rstd` has a place for every token, and each token is one task's.
-                let rstd = unsafe { &mut *rstd_of.get().add(token) };
-                norm_backward_row(simd, &x[at.clone()], &weight, &dn[at], NORM_EPS, dx, rstd);
-            }
-        });
-        let (tokens, rstd) = (self.tokens, &*rstd);
-        self.team.chunks_mut(grad.norm.host_mut::<f32>(), 64, |task, dweight| {
-            for (token, rstd) in rstd.iter().enumerate().take(tokens) {
-                let at = token * cols + 64 * task;
-                let pairs = x[at..].iter().zip(&dn[at..]);
-                dweight.iter_mut().zip(pairs).for_each(|(dw, (x, dn))| *dw += dn * x * rstd);
-            }
-        });
-    }
 }
 
 vectorized! {
-    /// `dx += rstd · (dn · w − x · rstd² · mean(dn · w · x))`
-    fn norm_backward_row(x: &[f32], weight: &[f32], dn: &[f32], eps: f32, dx: &mut [f32], rstd: &mut f32) {
-        let mut squares = [0.0f32; 8];
-        let mut dots = [0.0f32; 8];
-        for ((x, w), dn) in x.chunks(8).zip(weight.chunks(8)).zip(dn.chunks(8)) {
-            let sums = squares.iter_mut().zip(&mut dots);
-            for ((((square, dot), x), w), dn) in sums.zip(x).zip(w).zip(dn) {
-                *square += x * x;
-                *dot += dn * w * x;
-            }
-        }
-        let n = x.len() as f32;
-        let r = 1.0 / (squares.iter().sum::<f32>() / n + eps).sqrt();
-        let pull = dots.iter().sum::<f32>() / n * r * r * r;
-        for (((dx, x), w), dn) in dx.iter_mut().zip(x).zip(weight).zip(dn) {
-            *dx += r * dn * w - pull * x;
-        }
-        *rstd = r;
-    }
-}
-
-vectorized! {
-    /// `d *= gelu'(u)`, `gelu'(u) = Φ(u) + u · φ(u)`
+    /// `d *= gelu'(u)`
     fn gelu_backward(u: &[f32], d: &mut [f32]) {
         for (d, &u) in d.iter_mut().zip(u) {
-            let cumulative = 0.5 * (1.0 + erf(u * std::f32::consts::FRAC_1_SQRT_2));
-            let density = 0.398_942_3 * exp(-0.5 * u * u);
-            *d *= cumulative + u * density;
+            *d *= slope(Activation::GeluErf, u);
         }
     }
 }

@@ -46,22 +46,37 @@ pub(super) fn rms_norm(
     dx: &Tensor,
     dweight: Option<&Tensor>,
 ) {
-    let cols = p.cols as usize;
     let weight: Vec<f32> = vector(weight).iter().map(|w| w + p.offset).collect();
-    let x = x.host::<f32>();
     // `dx` may be `dy` itself, which is then read through it.
     let dy = (!dy.overlaps(dx)).then(|| dy.host::<f32>());
-    let mut parts = vec![0.0f32; if dweight.is_some() { (p.rows as usize).div_ceil(ROWS) * cols } else { 0 }];
+    norm_rows(team, simd, x.host(), &weight, p.eps, dy, p.output, dx.host_mut(), dweight);
+}
+
+/// Backward of RMSNorm of rows as long as `weight`; without `dy` it is what `dx` holds.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn norm_rows(
+    team: &mut Team,
+    simd: Simd,
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    dy: Option<&[f32]>,
+    output: NormOutput,
+    dx: &mut [f32],
+    dweight: Option<&Tensor>,
+) {
+    let cols = weight.len();
     let part_len = if dweight.is_some() { cols } else { 0 };
+    let mut parts = vec![0.0f32; dx.len().div_ceil(ROWS * cols) * part_len];
     let parts_ptr = SendPtr(parts.as_mut_ptr());
-    team.chunks_mut(dx.host_mut::<f32>(), ROWS * cols, |task, rows| {
+    team.chunks_mut(dx, ROWS * cols, |task, rows| {
         // SAFETY: `part_len` elements of each task, its own.
         let part = unsafe { std::slice::from_raw_parts_mut(parts_ptr.get().add(task * part_len), part_len) };
         let mut dy_row = vec![0.0; cols];
         for (i, dx) in rows.chunks_exact_mut(cols).enumerate() {
             let at = (task * ROWS + i) * cols;
             dy_row.copy_from_slice(dy.map_or(&*dx, |dy| &dy[at..at + cols]));
-            norm_row(simd, &x[at..at + cols], &weight, p.eps, &dy_row, p.output, dx, part);
+            norm_row(simd, &x[at..at + cols], weight, eps, &dy_row, output, dx, part);
         }
     });
     if let Some(dweight) = dweight {
@@ -135,7 +150,7 @@ pub(super) fn glu(
 
 /// Derivative of [`activate`]. Inlined, so that loops over one activation vectorise.
 #[inline(always)]
-fn slope(activation: Activation, x: f32) -> f32 {
+pub(super) fn slope(activation: Activation, x: f32) -> f32 {
     match activation {
         Activation::Silu => {
             // 1 − sigmoid = e · sigmoid keeps its digits.
