@@ -3,7 +3,7 @@
 use super::{Error, ModelConfig};
 use crate::{
     backend::{Backend, DType, Queue, Tensor},
-    ops::Pass,
+    ops::{AttentionParams, Pass, RopeParams},
 };
 use std::sync::Arc;
 
@@ -149,6 +149,45 @@ impl Batch {
         }
         queue.upload(&words, &self.memory);
         Ok(())
+    }
+}
+
+impl Batch {
+    /// The angles of a layer, which may be a local one.
+    pub fn angles(&self, config: &ModelConfig, layer: usize) -> Tensor {
+        self.cos_sin_local.as_ref().filter(|_| config.local[layer]).unwrap_or(&self.cos_sin).clone()
+    }
+}
+
+/// Parameters of the ops of a pass.
+impl ModelConfig {
+    pub fn rope_params(&self, batch: &Batch) -> RopeParams {
+        RopeParams {
+            tokens: batch.tokens as u32,
+            heads: self.heads as u32,
+            kv_heads: self.kv_heads as u32,
+            head_dim: self.head_dim as u32,
+            norm_eps: self.norm_eps,
+            norm_offset: self.norm_offset,
+            interleaved: self.interleaved_rope.into(),
+        }
+    }
+
+    /// `q_stride`: see [`AttentionParams::q_stride`].
+    pub fn attention_params(&self, batch: &Batch, layer: usize, q_stride: usize) -> AttentionParams {
+        AttentionParams {
+            pass: batch.pass,
+            tokens: batch.tokens as u32,
+            sequences: batch.sequences as u32,
+            heads: self.heads as u32,
+            kv_heads: self.kv_heads as u32,
+            head_dim: self.head_dim as u32,
+            q_stride: q_stride as u32,
+            max_blocks: batch.max_blocks as u32,
+            scale: self.attention_scale,
+            soft_cap: self.attention_soft_cap,
+            window: self.windows[layer],
+        }
     }
 }
 

@@ -3,10 +3,7 @@
 use super::{Batch, Error, LayerWeights, Loaded, ModelConfig, Weights};
 use crate::{
     backend::{Backend, DType, Precision, Queue, Tensor},
-    ops::{
-        self, AttentionOperands, AttentionParams, KvPages, NormOutput, Pass, RopeOperands, RopeParams,
-        Scratch,
-    },
+    ops::{self, AttentionOperands, KvPages, NormOutput, Pass, RopeOperands, Scratch},
 };
 use std::sync::Arc;
 
@@ -167,27 +164,16 @@ impl Decoder {
         let config = &self.config;
         self.norm(queue, &a.residual, &weights.attn_norm, NormOutput::Assign, &a.normed)?;
         ops::linear(queue, batch.pass, &a.normed, &weights.qkv, self.precision, false, &a.qkv)?;
-        let local = config.local[layer];
-        let p = RopeParams {
-            tokens: batch.tokens as u32,
-            heads: config.heads as u32,
-            kv_heads: config.kv_heads as u32,
-            head_dim: config.head_dim as u32,
-            norm_eps: config.norm_eps,
-            norm_offset: config.norm_offset,
-            interleaved: config.interleaved_rope.into(),
-        };
-        let cos_sin = batch.cos_sin_local.as_ref().filter(|_| local).unwrap_or(&batch.cos_sin);
         let operands = RopeOperands {
             qkv: a.qkv.clone(),
             q_out: None,
             q_norm: weights.q_norm.clone(),
             k_norm: weights.k_norm.clone(),
-            cos_sin: cos_sin.clone(),
+            cos_sin: batch.angles(config, layer),
             slots: batch.slots.clone(),
             pages: pages.clone(),
         };
-        Ok(ops::rope_kv_write(queue, p, &operands)?)
+        Ok(ops::rope_kv_write(queue, config.rope_params(batch), &operands)?)
     }
 
     fn attend(
@@ -200,19 +186,8 @@ impl Decoder {
         a: &Activations,
     ) -> Result<(), Error> {
         let config = &self.config;
-        let p = AttentionParams {
-            pass: batch.pass,
-            tokens: batch.tokens as u32,
-            sequences: batch.sequences as u32,
-            heads: config.heads as u32,
-            kv_heads: config.kv_heads as u32,
-            head_dim: config.head_dim as u32,
-            q_stride: ((config.heads + 2 * config.kv_heads) * config.head_dim) as u32,
-            max_blocks: batch.max_blocks as u32,
-            scale: config.attention_scale,
-            soft_cap: config.attention_soft_cap,
-            window: config.windows[layer],
-        };
+        let qkv_width = (config.heads + 2 * config.kv_heads) * config.head_dim;
+        let p = config.attention_params(batch, layer, qkv_width);
         let operands = AttentionOperands {
             q: a.qkv.clone(),
             pages: pages.clone(),

@@ -21,7 +21,7 @@ pub use batch::{Batch, SequenceStep};
 pub use config::{Biases, ModelConfig, Rope, RopeScaling};
 pub use decoder::{Activations, Decoder, Extent, Goal, Head};
 pub use gguf::Gguf;
-pub use parameters::{Parameter, Role, parameters, require_transformers_order};
+pub use parameters::{Parameter, Role, parameters};
 pub use weights::{LayerWeights, Progress, Weights};
 
 use crate::{

@@ -1,6 +1,6 @@
 //! The tensors of a decoder as a list in a fixed order: to train them, to make them from nothing, to write them down.
 
-use super::{Error, LayerWeights, ModelConfig, Weights, names};
+use super::{LayerWeights, ModelConfig, Weights, names};
 use crate::{
     backend::Tensor,
     ops::{Weight, WeightPart},
@@ -130,14 +130,4 @@ impl Weights {
         }
         all
     }
-}
-
-/// Says why the rows of a model cannot be written in transformers' order.
-pub fn require_transformers_order(config: &ModelConfig, path: &std::path::Path) -> Result<(), Error> {
-    if !config.interleaved_rope {
-        return Ok(());
-    }
-    let problem = "stores q and k rows in GGUF's order, so its weights cannot be written as a Hugging Face folder: train \
-                   from the original folder";
-    Err(Error::NotAModel { path: path.into(), problem: problem.into() })
 }

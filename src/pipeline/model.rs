@@ -2,8 +2,9 @@
 
 use super::Error;
 use crate::{
+    align::LayerMapping,
     backend::{Backend, Precision},
-    fuser,
+    fuser::{self, FuserConfig},
     model::{self, Decoder, Source},
     tokenizer::Tokenizer,
 };
@@ -54,7 +55,23 @@ impl Model {
         }
     }
 
-    pub(super) fn tokenizer(&self) -> Result<&Tokenizer, Error> {
+    /// An untrained fuser's configuration, this model being the receiver: each layer reads the sharer's best one by `mapping`.
+    pub fn fuser_config(
+        &self,
+        sharer: &Model,
+        kind: fuser::Kind,
+        (hidden, intermediate): (usize, usize),
+        mapping: LayerMapping,
+    ) -> FuserConfig {
+        let (mine, other) = (self.decoder.config.layers, sharer.decoder.config.layers);
+        let sources: Vec<usize> = mapping.sources(mine, other).iter().map(|sources| sources[0]).collect();
+        let (receiver, sharer) = (self.party(), sharer.party());
+        FuserConfig::new(kind, hidden, intermediate, mapping.into(), &sources, receiver, sharer)
+    }
+
+    /// # Errors
+    /// If there is none beside the model.
+    pub fn tokenizer(&self) -> Result<&Tokenizer, Error> {
         self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer { model: self.path.display().to_string() })
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     align::{AlignedPrompt, Aligner, Alignment, ChatOptions, Fraction, LayerMapping},
     backend::{self, Backend, DType, DeviceChoice, Precision, Queue},
     engine::SamplingParams,
-    fuser::{self, Fuser, FuserConfig, FusionMode, GateOverride, Gates, Kind},
+    fuser::{self, Fuser, FusionMode, GateOverride, Gates, Kind},
     model::Goal,
     tokenizer::{Message, TemplateOptions},
 };
@@ -52,14 +52,14 @@ pub enum ComputeType {
 }
 
 impl ComputeType {
-    fn kv(self) -> DType {
+    pub(crate) fn kv(self) -> DType {
         match self {
             ComputeType::F32 => DType::F32,
             ComputeType::Bf16 => DType::Bf16,
         }
     }
 
-    fn precision(self) -> Precision {
+    pub(crate) fn precision(self) -> Precision {
         match self {
             ComputeType::F32 => Precision::F32,
             ComputeType::Bf16 => Precision::Fast,
@@ -104,19 +104,8 @@ impl FuserChoice {
         let fuser = match self {
             FuserChoice::Load(path) => Fuser::load(path, backend)?,
             FuserChoice::Init { seed } => {
-                let layers = (receiver.decoder.config.layers, sharer.decoder.config.layers);
-                let sources: Vec<usize> =
-                    mapping.sources(layers.0, layers.1).iter().map(|sources| sources[0]).collect();
-                let (kind, width) = (Kind::C2c, Self::INIT_HIDDEN);
-                let config = FuserConfig::new(
-                    kind,
-                    width,
-                    width,
-                    mapping.into(),
-                    &sources,
-                    ours.clone(),
-                    theirs.clone(),
-                );
+                let width = (Self::INIT_HIDDEN, Self::INIT_HIDDEN);
+                let config = receiver.fuser_config(sharer, Kind::C2c, width, mapping);
                 Fuser::init(config, *seed, backend)?
             }
         };

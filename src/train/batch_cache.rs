@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Tokens of a block.
-const BLOCK_SIZE: usize = 16;
+pub(super) const BLOCK_SIZE: usize = 16;
 
 /// One model's caches of the sequences of a batch.
 pub struct BatchCache {

@@ -27,8 +27,7 @@ pub struct Position {
     pub version: u32,
     /// Updates made.
     pub step: u64,
-    /// Tokens learned with, and seconds spent, over all parts of the run.
-    pub tokens: u64,
+    /// Spent over all parts of the run.
     pub seconds: f64,
     /// Lowest held-out loss so far, and measurements since.
     pub best_loss: Option<f64>,
@@ -40,8 +39,8 @@ pub struct Position {
 
 impl Position {
     pub fn new(config: TrainConfig, manifest: Value) -> Position {
-        let (version, step, tokens, seconds) = (VERSION, 0, 0, 0.0);
-        Position { version, step, tokens, seconds, best_loss: None, since_best: 0, config, manifest }
+        let (version, step, seconds) = (VERSION, 0, 0.0);
+        Position { version, step, seconds, best_loss: None, since_best: 0, config, manifest }
     }
 }
 

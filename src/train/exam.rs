@@ -2,7 +2,7 @@
 //!
 //! One question at a time, so that times are those of an answer.
 
-use super::{BatchCache, Control, Error, PairTrainer, Piece, Sample};
+use super::{BatchCache, Control, Error, PairTrainer, Piece, Sample, batch_cache::BLOCK_SIZE};
 use crate::{
     align::{Aligner, ChatOptions},
     backend::{DType, Queue},
@@ -20,8 +20,6 @@ use std::time::{Duration, Instant};
 
 /// Tokens that the sharer may write in text-to-text.
 const BACKGROUND: usize = 64;
-/// Tokens of a block of its caches.
-const BLOCK_SIZE: usize = 16;
 
 /// A question as it is asked.
 #[derive(Clone, Debug)]
@@ -74,10 +72,18 @@ impl Exam {
         Exam { questions: questions.collect() }
     }
 
-    /// Whether answers of a model with this tokenizer can be told apart by a letter.
-    pub fn check(&self, tokenizer: &Tokenizer) -> Result<(), LetterError> {
+    /// The first `n` questions.
+    pub fn first(&self, n: usize) -> Exam {
+        Exam { questions: self.questions.iter().take(n).cloned().collect() }
+    }
+
+    /// The tokens of the letters of all choices.
+    ///
+    /// # Errors
+    /// If answers of a model with this tokenizer cannot be told apart by a letter.
+    pub fn letters(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>, LetterError> {
         let most = self.questions.iter().map(|question| question.choices).max().unwrap_or(0);
-        templates::letter_tokens(tokenizer, most).map(|_| ())
+        templates::letter_tokens(tokenizer, most)
     }
 
     /// Asks every question of `answer`, which returns the logits of a model with this tokenizer.
@@ -88,12 +94,12 @@ impl Exam {
         mut answer: impl FnMut(usize, &Question) -> Result<Vec<f32>, Error>,
     ) -> Result<Score, Error> {
         let (mut correct, mut spent) = (0, Duration::ZERO);
+        let letters = self.letters(tokenizer)?;
         for (index, question) in self.questions.iter().enumerate() {
-            let letters = templates::letter_tokens(tokenizer, question.choices)?;
             let start = Instant::now();
             let logits = answer(index, question)?;
             spent += start.elapsed();
-            let scores = letters.iter().map(|&token| logits[token as usize]);
+            let scores = letters.iter().take(question.choices).map(|&token| logits[token as usize]);
             let best = scores
                 .enumerate()
                 .fold((0, f32::NEG_INFINITY), |best, next| if next.1 > best.1 { next } else { best });
@@ -106,7 +112,7 @@ impl Exam {
 
     /// One model alone.
     pub fn alone(&self, mode: &str, model: &Model, queue: &Queue, kv: DType) -> Result<Score, Error> {
-        let tokenizer = tokenizer(model)?;
+        let tokenizer = model.tokenizer()?;
         let mut cache = BatchCache::new(queue, &model.decoder, kv)?;
         self.score(mode, tokenizer, |_, question| {
             let prompt = begun(tokenizer, &[Message::new("user", &question.text)], question)?;
@@ -145,7 +151,7 @@ impl Exam {
 
     /// Text-to-text: the sharer writes what it knows, the receiver reads it and answers.
     pub fn t2t(&self, receiver: &Model, sharer: &Model, queue: &Queue, kv: DType) -> Result<Score, Error> {
-        let (ours, theirs) = (tokenizer(receiver)?, tokenizer(sharer)?);
+        let (ours, theirs) = (receiver.tokenizer()?, sharer.tokenizer()?);
         let mut cache = BatchCache::new(queue, &receiver.decoder, kv)?;
         let mut params = SamplingParams { max_new_tokens: BACKGROUND, ..SamplingParams::default() };
         params.eos.extend(&theirs.special().eos);
@@ -167,10 +173,6 @@ impl Exam {
             last_logits(&mut cache, queue, receiver, &prompt)
         })
     }
-}
-
-fn tokenizer(model: &Model) -> Result<&Tokenizer, Error> {
-    model.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer { model: model.path.clone() })
 }
 
 fn generation() -> TemplateOptions {

@@ -9,6 +9,7 @@
 //! [`config`] says what is asked for, [`run`] does it; [`events`] and [`report`] are what it leaves to look at.
 
 mod batch_cache;
+mod batches;
 mod checkpoint;
 pub mod config;
 pub mod events;
@@ -25,8 +26,10 @@ mod sample;
 pub mod schedule;
 pub mod tensorboard;
 mod trained_fuser;
+mod trainee;
 
 pub use batch_cache::{BatchCache, Piece};
+pub use batches::Batches;
 pub use config::{ConfigError, ConfigLayers, TrainConfig};
 pub use events::{Evaluation, Record, RunLog, Update};
 pub use language_model::ModelTrainer;
@@ -37,6 +40,7 @@ pub use report::{AccuracyRow, GateStrength, Report};
 pub use sample::Sample;
 pub use schedule::{Annealing, LearningRate, Schedule};
 pub use trained_fuser::{DrawnNoise, FuseRequest, FusedColumns, Gate, GateNoise, TrainedFuser};
+use trainee::Trainee;
 
 use crate::{align, backend, cache, data, durable, engine, fuser, model, ops, pipeline, tokenizer};
 use std::path::PathBuf;
@@ -58,8 +62,6 @@ pub enum Error {
     NotBuilt { what: &'static str },
     #[error("{device} cannot train: use --device cpu")]
     NoTraining { device: String },
-    #[error("{}: it has no tokenizer, which training needs", model.display())]
-    NoTokenizer { model: PathBuf },
     #[error(
         "loss or gradient at update {step} is not a number{}: the state before it was saved to {}; resume from there with a lower learning rate",
         layer.map_or(String::new(), |layer| format!(", first in what layer {layer} of the receiver gives")),

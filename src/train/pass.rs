@@ -8,8 +8,8 @@ use crate::{
     backend::{Backend, DType, Precision, Queue, Tensor},
     model::{Batch, Decoder, LayerWeights, ModelConfig, Weights},
     ops::{
-        self, AttentionGrads, AttentionOperands, AttentionParams, KvPages, NormOutput, Pass,
-        RopeBackwardOperands, RopeOperands, RopeParams, Scratch,
+        self, AttentionGrads, AttentionOperands, KvPages, NormOutput, Pass, RopeBackwardOperands,
+        RopeOperands, Scratch,
     },
 };
 use serde::{Deserialize, Serialize};
@@ -264,12 +264,16 @@ impl TrainingPass {
             q_out: Some(k.q.clone()),
             q_norm: w.q_norm.clone(),
             k_norm: w.k_norm.clone(),
-            cos_sin: angles(batch, c, layer),
+            cos_sin: batch.angles(c, layer),
             slots: batch.slots.clone(),
             pages: pages.clone(),
         };
-        ops::rope_kv_write(queue, rope_params(batch, c), &operands)?;
-        ops::paged_attention(queue, attention_params(batch, c, layer), &self.attention(batch, &k, pages))?;
+        ops::rope_kv_write(queue, c.rope_params(batch), &operands)?;
+        ops::paged_attention(
+            queue,
+            c.attention_params(batch, layer, c.heads * c.head_dim),
+            &self.attention(batch, &k, pages),
+        )?;
         let join = |block: usize,
                     from: &Tensor,
                     x: &Tensor,
@@ -464,7 +468,12 @@ impl TrainingPass {
         let attention_grads =
             AttentionGrads { dout: attention, dq: q.clone(), dkv: dkv.clone(), scratch: d.scratch.clone() };
         let forward = self.attention(batch, &k, pages);
-        ops::attention_backward(queue, attention_params(batch, c, layer), &forward, &attention_grads)?;
+        ops::attention_backward(
+            queue,
+            c.attention_params(batch, layer, c.heads * c.head_dim),
+            &forward,
+            &attention_grads,
+        )?;
         if last {
             return Ok(());
         }
@@ -472,7 +481,7 @@ impl TrainingPass {
             qkv: k.qkv.clone(),
             q_norm: w.q_norm.clone(),
             k_norm: w.k_norm.clone(),
-            cos_sin: angles(batch, c, layer),
+            cos_sin: batch.angles(c, layer),
             slots: batch.slots.clone(),
             dq: q,
             dkv: dkv.clone(),
@@ -480,7 +489,7 @@ impl TrainingPass {
             dq_norm: grads.and_then(|g| g.q_norm.clone()),
             dk_norm: grads.and_then(|g| g.k_norm.clone()),
         };
-        ops::rope_backward(queue, rope_params(batch, c), &operands)?;
+        ops::rope_backward(queue, c.rope_params(batch), &operands)?;
         linear(&qkv, &w.qkv, &k.normed, grads.map(|g| &g.qkv), &normed)?;
         let x = self.stream(layer, tokens);
         norm(&x, &w.attn_norm, &normed, NormOutput::Add, &stream, grads.map(|g| &g.attn_norm))?;
@@ -492,36 +501,4 @@ impl TrainingPass {
 pub fn gradient_pages(backend: &Arc<dyn Backend>, like: &KvPages) -> Result<KvPages, Error> {
     let alloc = |what| backend.alloc(DType::F32, like.keys.shape(), what);
     Ok(KvPages { keys: alloc("gradients of keys")?, values: alloc("gradients of values")? })
-}
-
-fn angles(batch: &Batch, c: &ModelConfig, layer: usize) -> Tensor {
-    batch.cos_sin_local.as_ref().filter(|_| c.local[layer]).unwrap_or(&batch.cos_sin).clone()
-}
-
-fn rope_params(batch: &Batch, c: &ModelConfig) -> RopeParams {
-    RopeParams {
-        tokens: batch.tokens as u32,
-        heads: c.heads as u32,
-        kv_heads: c.kv_heads as u32,
-        head_dim: c.head_dim as u32,
-        norm_eps: c.norm_eps,
-        norm_offset: c.norm_offset,
-        interleaved: c.interleaved_rope.into(),
-    }
-}
-
-fn attention_params(batch: &Batch, c: &ModelConfig, layer: usize) -> AttentionParams {
-    AttentionParams {
-        pass: Pass::Prefill,
-        tokens: batch.tokens as u32,
-        sequences: batch.sequences as u32,
-        heads: c.heads as u32,
-        kv_heads: c.kv_heads as u32,
-        head_dim: c.head_dim as u32,
-        q_stride: (c.heads * c.head_dim) as u32,
-        max_blocks: batch.max_blocks as u32,
-        scale: c.attention_scale,
-        soft_cap: c.attention_soft_cap,
-        window: c.windows[layer],
-    }
 }

@@ -1,25 +1,20 @@
 //! A training run from its configuration to its report.
 
 use super::{
-    Adamw, BatchReport, Control, DrawnNoise, Error, GateNoise, ModelTrainer, PairTrainer, Recompute, Run,
-    Sample, TrainConfig, TrainedFuser, TrainingPass,
-    checkpoint::{self, Position, State, Trained},
-    config::{DataSettings, TooLong, What},
+    Batches, Error, Recompute, Sample, TrainConfig, Trainee, TrainingPass,
+    checkpoint::{self, Position, State},
+    config::{DataSettings, What},
     events::{Evaluation, Record, RunLog, Update},
     exam::{Exam, Score},
     report::{AccuracyRow, GateStrength, Report},
-    schedule::updates_per_epoch,
 };
 use crate::{
-    align::Aligner,
-    backend::{self, Backend, DType, Precision, Queue},
+    backend::{self, Backend, Queue},
     builtin,
     data::{Dataset, Example, PromptStyle, Source, split},
-    fuser::{Fuser, FuserConfig, Training},
-    model::{self, ModelConfig},
+    durable::WriteError,
     ops::Scratch,
-    pipeline::{ComputeType, Model},
-    tokenizer::Tokenizer,
+    pipeline::Model,
 };
 use serde_json::{Value, json};
 use std::{
@@ -57,21 +52,6 @@ pub struct Outcome {
     pub report: Option<PathBuf>,
 }
 
-/// What is trained, with everything around it.
-enum Trainee {
-    Fuser {
-        pair: Box<PairTrainer>,
-        aligner: Aligner,
-        receiver: Model,
-        sharers: Vec<Model>,
-        training: Training,
-    },
-    Model {
-        trainer: Box<ModelTrainer>,
-        tokenizer: Tokenizer,
-    },
-}
-
 struct Data {
     samples: Vec<Sample>,
     held_out: Vec<Sample>,
@@ -97,8 +77,8 @@ pub fn run(
     let queue = Queue::new(&backend)?;
     let mut trainee = Trainee::open(&config, &backend, &queue, watcher)?;
     let data = Data::load(&config, &trainee, watcher)?;
-    let batches = Batches::new(&config, &data.samples);
-    let per_epoch = batches.updates_per_epoch(&data.samples);
+    let mut batches = Batches::new(&config, &data.samples);
+    let per_epoch = batches.per_epoch();
     let total = config.length.steps.unwrap_or_else(|| config.length.epochs.unwrap_or(1) * per_epoch);
     let manifest = manifest(&config, &trainee, &data);
     let mut position = match &state {
@@ -113,7 +93,7 @@ pub fn run(
     };
     watcher.say(&plan(&config, &trainee, &data, &batches, total, &backend));
     let out = config.out.clone();
-    fs::create_dir_all(&out).map_err(crate::durable::WriteError::at(&out))?;
+    fs::create_dir_all(&out).map_err(WriteError::at(&out))?;
     let mut log = match &state {
         Some(state) => RunLog::resume(&out, state.position.step)?,
         None => RunLog::create(&out)?,
@@ -121,7 +101,7 @@ pub fn run(
     log.add(&Record::Start { step: position.step, manifest: manifest.clone() })?;
     let mut scores = Vec::new();
     if position.step == 0 && !data.exam.questions.is_empty() {
-        scores = trainee.before(&data.exam, &queue, config.dtype)?;
+        scores = trainee.before(&data.exam, &queue)?;
         say_scores(watcher, "before training", &scores);
     }
 
@@ -134,8 +114,8 @@ pub fn run(
         trainee.set_temperature(annealing.after(step));
         let update_start = Instant::now();
         let (mut loss, mut tokens, mut micro) = (0.0, 0u64, 0u32);
-        let update = batches.update(&data.samples, step, per_epoch);
-        for batch in &update {
+        let update = batches.update(&data.samples, step);
+        for batch in update {
             let samples: Vec<&Sample> = batch.iter().map(|&index| &data.samples[index as usize]).collect();
             let key = step as u32 * config.batch.accumulate as u32 + micro;
             // A last window that is not full is still divided by the full count, as published.
@@ -159,7 +139,6 @@ pub fn run(
         let learning_rate = rate.at(step);
         trainee.update(&queue, &config, step + 1, learning_rate as f32, norm)?;
         position.step += 1;
-        position.tokens += tokens;
         let seconds = update_start.elapsed().as_secs_f64();
         let record = Update {
             step: position.step,
@@ -182,7 +161,7 @@ pub fn run(
             let accuracy = match ended {
                 // The accuracy at the end has a table of its own.
                 true => None,
-                false => trainee.quick_accuracy(&data.exam, &queue, config.dtype)?,
+                false => trainee.quick_accuracy(&data.exam, &queue)?,
             };
             let seconds = spent_before + started.elapsed().as_secs_f64();
             log.add(&Record::Evaluation(Evaluation { step: position.step, loss, accuracy, seconds }))?;
@@ -215,7 +194,7 @@ pub fn run(
     trainee.export(&result, &config, &queue, total)?;
     outcome.result = Some(result);
     if !data.exam.questions.is_empty() {
-        let after = trainee.after(&data.exam, &queue, config.dtype, config.seed)?;
+        let after = trainee.after(&data.exam, &queue, config.seed)?;
         say_scores(watcher, "after training", &after);
         outcome.scores.extend(after);
     }
@@ -262,7 +241,7 @@ fn save(
 ) -> Result<PathBuf, Error> {
     position.seconds = before + started.elapsed().as_secs_f64();
     let folder = checkpoint::folder(out, position.step);
-    fs::create_dir_all(&folder).map_err(crate::durable::WriteError::at(&folder))?;
+    fs::create_dir_all(&folder).map_err(WriteError::at(&folder))?;
     checkpoint::save(&folder, position, &trainee.trained(), queue)?;
     let mut old = checkpoint::all(out);
     old.truncate(old.len().saturating_sub(CHECKPOINTS));
@@ -318,415 +297,13 @@ impl Data {
             return Err(Error::NoSamples);
         }
         let mut exam = Exam::new(held_out.iter().map(|(example, style)| (example, *style)));
-        if let Err(error) = trainee.tokenizers().try_for_each(|tokenizer| exam.check(tokenizer)) {
+        if let Err(error) = trainee.tokenizers().try_for_each(|tokenizer| exam.letters(tokenizer).map(|_| ()))
+        {
             watcher.say(&format!("accuracy is not measured: {error}"));
             exam.questions.clear();
         }
         Ok(Data { samples, held_out: held_out_samples, exam, sha256 })
     }
-}
-
-/// How samples become batches and updates.
-struct Batches {
-    samples: Option<usize>,
-    tokens: Option<usize>,
-    accumulate: usize,
-    seed: u64,
-}
-
-impl Batches {
-    fn new(config: &TrainConfig, _: &[Sample]) -> Batches {
-        let samples = config.batch.samples.or(if config.batch.tokens.is_none() { Some(4) } else { None });
-        Batches {
-            samples,
-            tokens: config.batch.tokens,
-            accumulate: config.batch.accumulate,
-            seed: config.seed,
-        }
-    }
-
-    fn cut(&self, samples: &[Sample], order: &[u32]) -> Vec<Vec<u32>> {
-        let most = self.tokens.unwrap_or(usize::MAX);
-        let mut batches: Vec<Vec<u32>> = Vec::new();
-        let mut room = 0;
-        for &index in order {
-            let tokens = samples[index as usize].tokens();
-            match batches.last_mut() {
-                Some(batch) if batch.len() < self.samples.unwrap_or(usize::MAX) && tokens <= room => {
-                    room -= tokens;
-                    batch.push(index);
-                }
-                _ => {
-                    room = most.saturating_sub(tokens);
-                    batches.push(vec![index]);
-                }
-            }
-        }
-        batches
-    }
-
-    fn epoch(&self, samples: &[Sample], epoch: u64) -> Vec<Vec<u32>> {
-        self.cut(samples, &split::order(samples.len() as u32, self.seed, epoch as u32))
-    }
-
-    /// In the first epoch; by tokens, others may have a few more or less, and their updates are cut to as many.
-    fn updates_per_epoch(&self, samples: &[Sample]) -> u64 {
-        updates_per_epoch(self.epoch(samples, 0).len() as u64, self.accumulate as u64).max(1)
-    }
-
-    /// The batches of update number `step`, counted from 0.
-    fn update(&self, samples: &[Sample], step: u64, per_epoch: u64) -> Vec<Vec<u32>> {
-        let batches = self.epoch(samples, step / per_epoch);
-        let first = (step % per_epoch) as usize * self.accumulate;
-        let some: Vec<Vec<u32>> = batches.iter().skip(first).take(self.accumulate).cloned().collect();
-        if some.is_empty() { batches.into_iter().take(self.accumulate).collect() } else { some }
-    }
-}
-
-impl Trainee {
-    fn open(
-        config: &TrainConfig,
-        backend: &Arc<dyn Backend>,
-        queue: &Queue,
-        watcher: &dyn Watcher,
-    ) -> Result<Trainee, Error> {
-        let recompute = if config.recompute == 0 { Recompute::None } else { Recompute::Layers };
-        let decay = config.optimizer.decay;
-        let (precision, kv) = computing(config.dtype);
-        let load = |path: &Path, precision: Precision| {
-            let path = builtin::resolve(path);
-            Model::load(&path, backend, precision, &|done, total| watcher.loading(&path, done, total))
-        };
-        if config.what == What::Model {
-            let path = builtin::resolve(&config.receiver);
-            let tokenizer = Tokenizer::from_folder(&path)?;
-            let model_config = ModelConfig::from_folder(&path)?;
-            let trainer = if model::has_weights(&path) {
-                let loaded = load(&config.receiver, Precision::F32)?;
-                ModelTrainer::new(queue.clone(), model_config, &loaded.decoder.weights, recompute, decay)?
-            } else {
-                ModelTrainer::init(
-                    queue.clone(),
-                    model_config,
-                    model::initializer_range(&path)?,
-                    config.seed,
-                    recompute,
-                    decay,
-                )?
-            };
-            return Ok(Trainee::Model { trainer: Box::new(trainer), tokenizer });
-        }
-        let receiver = load(&config.receiver, precision)?;
-        let sharers =
-            config.sharers.iter().map(|path| load(path, precision)).collect::<Result<Vec<Model>, _>>()?;
-        let training = Training {
-            dropout: config.fuser.dropout,
-            initial_temperature: config.gates.initial_temperature,
-            final_temperature: config.gates.final_temperature,
-            anneal_steps: config.gates.anneal_steps.unwrap_or_default(),
-        };
-        let mut fusers = Vec::new();
-        for (number, sharer) in sharers.iter().enumerate() {
-            let (ours, theirs) = (receiver.party(), sharer.party());
-            let fuser = match config.fuser.checkpoints.get(number) {
-                Some(path) => Fuser::load(&builtin::resolve(path), backend)?,
-                None => {
-                    let f = &config.fuser;
-                    let (mine, other) = (receiver.decoder.config.layers, sharer.decoder.config.layers);
-                    let sources: Vec<usize> =
-                        f.mapping.sources(mine, other).iter().map(|all| all[0]).collect();
-                    let (hidden, inner, mapping) = (f.hidden, f.intermediate, f.mapping.into());
-                    let new = FuserConfig::new(
-                        f.kind,
-                        hidden,
-                        inner,
-                        mapping,
-                        &sources,
-                        ours.clone(),
-                        theirs.clone(),
-                    );
-                    let new = FuserConfig { num_layers: f.layers, training, ..new };
-                    Fuser::init(new, config.seed + number as u64, backend)?
-                }
-            };
-            crate::fuser::require_contract(fuser.config(), &ours, &theirs)?;
-            fusers.push(TrainedFuser::new(&fuser, queue, decay)?);
-        }
-        let tokenizers = sharers.iter().map(tokenizer_of).collect::<Result<Vec<Tokenizer>, Error>>()?;
-        let aligner = Aligner::new(&tokenizer_of(&receiver)?, &tokenizers, config.alignment)?;
-        let decoders = sharers.iter().map(|sharer| sharer.decoder.clone()).collect();
-        let pair = PairTrainer::new(
-            queue.clone(),
-            receiver.decoder.clone(),
-            decoders,
-            fusers,
-            config.multi_sharer,
-            kv,
-            recompute,
-            config.fuser.dropout as f32,
-            config.seed,
-        )?;
-        Ok(Trainee::Fuser { pair: Box::new(pair), aligner, receiver, sharers, training })
-    }
-
-    /// `None`: too long, and to be left out.
-    fn sample(&self, example: &Example, config: &TrainConfig) -> Result<Option<Sample>, Error> {
-        let origin = example.origin.to_string();
-        let sample = match self {
-            Trainee::Fuser { aligner, .. } => {
-                let sample = Sample::chat(aligner, &example.messages, &origin)?;
-                PairTrainer::check(&sample)?;
-                sample
-            }
-            Trainee::Model { tokenizer, .. } => Sample::alone(tokenizer, &example.messages, &origin)?,
-        };
-        let most = config.length.max_length;
-        match config.length.too_long {
-            _ if sample.tokens() <= most => Ok(Some(sample)),
-            TooLong::Error => Err(Error::TooLong { origin, tokens: sample.tokens(), most }),
-            TooLong::Skip => Ok(None),
-            TooLong::Truncate => Ok(sample.truncated(most)),
-        }
-    }
-
-    fn tokenizers(&self) -> impl Iterator<Item = &Tokenizer> {
-        let all: Vec<&Tokenizer> = match self {
-            Trainee::Fuser { receiver, sharers, .. } => {
-                [receiver].into_iter().chain(sharers).filter_map(|model| model.tokenizer.as_ref()).collect()
-            }
-            Trainee::Model { tokenizer, .. } => vec![tokenizer],
-        };
-        all.into_iter()
-    }
-
-    fn is_fuser(&self) -> bool {
-        matches!(self, Trainee::Fuser { .. })
-    }
-
-    fn trained(&self) -> Vec<Trained<'_>> {
-        match self {
-            Trainee::Fuser { pair, .. } => pair.fusers.iter().map(Trained::Fuser).collect(),
-            Trainee::Model { trainer, .. } => vec![Trained::Model(&trainer.parameters)],
-        }
-    }
-
-    fn restore(&mut self, state: &State, queue: &Queue) -> Result<(), Error> {
-        match self {
-            Trainee::Fuser { pair, .. } => {
-                for (number, fuser) in pair.fusers.iter_mut().enumerate() {
-                    state.restore(number, &fuser.parameters, queue)?;
-                    state.restore_gates(number, &mut fuser.gates)?;
-                }
-                Ok(())
-            }
-            Trainee::Model { trainer, .. } => state.restore(0, &trainer.parameters, queue),
-        }
-    }
-
-    fn set_temperature(&mut self, temperature: f32) {
-        if let Trainee::Fuser { pair, .. } = self {
-            pair.fusers.iter_mut().for_each(|fuser| fuser.temperature = temperature);
-        }
-    }
-
-    fn learn(
-        &mut self,
-        samples: &[&Sample],
-        config: &TrainConfig,
-        step: u32,
-        scale: f32,
-    ) -> Result<BatchReport, Error> {
-        match self {
-            Trainee::Fuser { pair, .. } => {
-                let drawn: Vec<DrawnNoise> = (0..pair.fusers.len() as u32)
-                    .map(|sharer| DrawnNoise { seed: config.seed, step, sharer })
-                    .collect();
-                let noise: Vec<&dyn GateNoise> = drawn.iter().map(|noise| noise as &dyn GateNoise).collect();
-                pair.run(samples, Run::Learn { noise: &noise, step, scale })
-            }
-            Trainee::Model { trainer, .. } => trainer.run(samples, Some(scale)),
-        }
-    }
-
-    /// Mean held-out loss a token.
-    fn measure(&mut self, samples: &[Sample], batches: &Batches) -> Result<f64, Error> {
-        let order: Vec<u32> = (0..samples.len() as u32).collect();
-        let (mut sum, mut labels) = (0.0, 0);
-        for batch in batches.cut(samples, &order) {
-            let batch: Vec<&Sample> = batch.iter().map(|&index| &samples[index as usize]).collect();
-            let report = match self {
-                Trainee::Fuser { pair, .. } => pair.run(&batch, Run::Measure)?,
-                Trainee::Model { trainer, .. } => trainer.run(&batch, None)?,
-            };
-            sum += report.loss * report.labels as f64;
-            labels += report.labels;
-        }
-        Ok(sum / labels.max(1) as f64)
-    }
-
-    fn grad_norm(&self, queue: &Queue) -> Result<f64, Error> {
-        match self {
-            Trainee::Fuser { pair, .. } => {
-                let squares = pair.fusers.iter().map(|fuser| Ok(fuser.grad_norm(queue)?.powi(2)));
-                Ok(squares.sum::<Result<f64, Error>>()?.sqrt())
-            }
-            Trainee::Model { trainer, .. } => Ok(trainer.parameters.grad_squares(queue)?.sqrt()),
-        }
-    }
-
-    fn update(
-        &mut self,
-        queue: &Queue,
-        config: &TrainConfig,
-        step: u64,
-        lr: f32,
-        norm: f64,
-    ) -> Result<(), Error> {
-        let o = &config.optimizer;
-        let adamw = Adamw {
-            betas: o.betas.map(|beta| beta as f32),
-            eps: o.epsilon as f32,
-            weight_decay: o.weight_decay as f32,
-        };
-        // As torch's clip_grad_norm_.
-        let clip = if o.clip > 0.0 { (o.clip / (norm + 1e-6)).min(1.0) as f32 } else { 1.0 };
-        match self {
-            Trainee::Fuser { pair, .. } => {
-                pair.fusers.iter_mut().try_for_each(|fuser| fuser.update(queue, &adamw, step, lr, clip))
-            }
-            Trainee::Model { trainer, .. } => trainer.parameters.update(queue, &adamw, step, lr, clip),
-        }
-    }
-
-    fn first_bad_layer(&self, queue: &Queue) -> Result<Option<usize>, Error> {
-        match self {
-            Trainee::Fuser { pair, .. } => pair.first_bad_layer(),
-            Trainee::Model { trainer, .. } => trainer.first_bad_layer(queue),
-        }
-    }
-
-    fn gates_open(&self) -> Option<f64> {
-        let Trainee::Fuser { pair, .. } = self else { return None };
-        let hard: Vec<f32> = pair.fusers.iter().flat_map(|fuser| fuser.hard_gates()).flatten().collect();
-        Some(f64::from(hard.iter().sum::<f32>()) / hard.len().max(1) as f64)
-    }
-
-    /// Receiver, sharers, text-to-text, and C2C with the fuser as it is.
-    fn before(&mut self, exam: &Exam, queue: &Queue, dtype: ComputeType) -> Result<Vec<Score>, Error> {
-        let (_, kv) = computing(dtype);
-        match self {
-            Trainee::Fuser { pair, aligner, receiver, sharers, .. } => {
-                let ours = tokenizer_of(receiver)?;
-                let mut scores = vec![exam.alone("receiver", receiver, queue, kv)?];
-                for (number, sharer) in sharers.iter().enumerate() {
-                    let name = if number == 0 { "sharer".into() } else { format!("sharer {}", number + 1) };
-                    scores.push(exam.alone(&name, sharer, queue, kv)?);
-                }
-                scores.push(exam.t2t(receiver, &sharers[0], queue, kv)?);
-                scores.push(exam.c2c("c2c untrained", pair, aligner, &ours, false, Control::None)?);
-                Ok(scores)
-            }
-            Trainee::Model { trainer, tokenizer } => {
-                Ok(vec![exam.alone("untrained", &trained_model(trainer, tokenizer), queue, DType::F32)?])
-            }
-        }
-    }
-
-    fn after(
-        &mut self,
-        exam: &Exam,
-        queue: &Queue,
-        dtype: ComputeType,
-        seed: u64,
-    ) -> Result<Vec<Score>, Error> {
-        let _ = dtype;
-        match self {
-            Trainee::Fuser { pair, aligner, receiver, .. } => {
-                let ours = tokenizer_of(receiver)?;
-                let mut ask = |mode: &str, swap: bool, control: Control| {
-                    exam.c2c(mode, pair, aligner, &ours, swap, control)
-                };
-                Ok(vec![
-                    ask("c2c", false, Control::None)?,
-                    ask("c2c-swap", true, Control::None)?,
-                    ask("c2c-random", false, Control::Random { seed })?,
-                ])
-            }
-            Trainee::Model { trainer, tokenizer } => {
-                Ok(vec![exam.alone("trained", &trained_model(trainer, tokenizer), queue, DType::F32)?])
-            }
-        }
-    }
-
-    /// During training.
-    fn quick_accuracy(
-        &mut self,
-        exam: &Exam,
-        queue: &Queue,
-        dtype: ComputeType,
-    ) -> Result<Option<f64>, Error> {
-        if exam.questions.is_empty() {
-            return Ok(None);
-        }
-        let few = Exam { questions: exam.questions.iter().take(200).cloned().collect() };
-        let score = match self {
-            Trainee::Fuser { pair, aligner, receiver, .. } => {
-                let ours = tokenizer_of(receiver)?;
-                few.c2c("c2c", pair, aligner, &ours, false, Control::None)?
-            }
-            Trainee::Model { .. } => match self.after(&few, queue, dtype, 0)?.pop() {
-                Some(score) => score,
-                None => return Ok(None),
-            },
-        };
-        Ok(Some(score.accuracy()))
-    }
-
-    /// Writes what was trained where `generate` reads it.
-    fn export(&self, folder: &Path, config: &TrainConfig, queue: &Queue, total: u64) -> Result<(), Error> {
-        fs::create_dir_all(folder).map_err(crate::durable::WriteError::at(folder))?;
-        match self {
-            Trainee::Fuser { pair, training, .. } => {
-                let anneal_steps = config.gates.anneal_steps.unwrap_or(total);
-                for (number, fuser) in pair.fusers.iter().enumerate() {
-                    let own = match pair.fusers.len() {
-                        1 => folder.to_path_buf(),
-                        _ => folder.join(format!("sharer-{}", number + 1)),
-                    };
-                    fs::create_dir_all(&own).map_err(crate::durable::WriteError::at(&own))?;
-                    let fuser = fuser.snapshot(Training { anneal_steps, ..*training });
-                    fuser.to_dtype(DType::Bf16, queue.backend())?.save(&own, queue)?;
-                }
-                Ok(())
-            }
-            Trainee::Model { trainer, .. } => {
-                trainer.save(folder)?;
-                let from = builtin::resolve(&config.receiver);
-                for name in model::COMPANIONS {
-                    let (from, to) = (from.join(name), folder.join(name));
-                    if from.is_file() && from != to {
-                        fs::copy(&from, &to).map_err(crate::durable::WriteError::at(&to))?;
-                    }
-                }
-                Ok(())
-            }
-        }
-    }
-}
-
-fn computing(dtype: ComputeType) -> (Precision, DType) {
-    match dtype {
-        ComputeType::F32 => (Precision::F32, DType::F32),
-        ComputeType::Bf16 => (Precision::Fast, DType::Bf16),
-    }
-}
-
-fn tokenizer_of(model: &Model) -> Result<Tokenizer, Error> {
-    model.tokenizer.clone().ok_or_else(|| Error::NoTokenizer { model: model.path.clone() })
-}
-
-fn trained_model(trainer: &ModelTrainer, tokenizer: &Tokenizer) -> Model {
-    Model { path: PathBuf::new(), decoder: trainer.decoder.clone(), tokenizer: Some(tokenizer.clone()) }
 }
 
 fn manifest(config: &TrainConfig, trainee: &Trainee, data: &Data) -> Value {
@@ -757,11 +334,8 @@ fn plan(
 ) -> String {
     let tokens: usize = data.samples.iter().map(Sample::tokens).sum();
     let labels: usize = data.samples.iter().map(Sample::labelled).sum();
-    let first = batches.epoch(&data.samples, 0);
-    let largest =
-        first.iter().map(|batch| batch.iter().map(|&i| data.samples[i as usize].tokens()).sum::<usize>());
-    let largest = largest.max().unwrap_or(0);
-    let per_update = tokens as f64 / (first.len().div_ceil(config.batch.accumulate)) as f64;
+    let largest = batches.largest(&data.samples);
+    let per_update = tokens as f64 / batches.per_epoch() as f64;
     let recompute = if config.recompute == 0 { Recompute::None } else { Recompute::Layers };
     let (trained, what, pass, fuser) = match trainee {
         Trainee::Fuser { pair, .. } => {

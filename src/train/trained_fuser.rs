@@ -231,10 +231,9 @@ impl TrainedFuser {
         Ok(())
     }
 
-    /// By projector: 1 where the logit is positive, as at inference; 1 too where the kind has no gates.
+    /// By projector: 1 where the logit is positive, as at inference. A kind without gates has positive ones.
     pub fn hard_gates(&self) -> Vec<[f32; 2]> {
-        let always = !self.fuser.config().kind.has_gates();
-        let hard = |gate: Gate| if always || gate.logit > 0.0 { 1.0 } else { 0.0 };
+        let hard = |gate: Gate| if gate.logit > 0.0 { 1.0 } else { 0.0 };
         self.gates.iter().map(|gates| gates.map(hard)).collect()
     }
 

@@ -1,0 +1,364 @@
+//! What is trained, with everything around it: the fusers of a pair, or a model.
+
+use super::{
+    Adamw, BatchReport, Batches, Control, DrawnNoise, Error, GateNoise, ModelTrainer, PairTrainer, Recompute,
+    Run, Sample, TrainConfig, TrainedFuser,
+    checkpoint::{State, Trained},
+    config::{TooLong, What},
+    exam::{Exam, Score},
+    run::Watcher,
+};
+use crate::{
+    align::Aligner,
+    backend::{Backend, DType, Precision, Queue},
+    builtin,
+    data::Example,
+    durable::WriteError,
+    fuser::{Fuser, FuserConfig, Training},
+    model::{self, ModelConfig},
+    pipeline::Model,
+    tokenizer::Tokenizer,
+};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// Questions that are asked during training.
+const QUICK: usize = 200;
+
+/// What is trained, with everything around it.
+pub enum Trainee {
+    Fuser {
+        pair: Box<PairTrainer>,
+        aligner: Aligner,
+        receiver: Model,
+        sharers: Vec<Model>,
+        /// What caches are kept in.
+        kv: DType,
+        training: Training,
+    },
+    Model {
+        trainer: Box<ModelTrainer>,
+        tokenizer: Tokenizer,
+    },
+}
+
+impl Trainee {
+    pub fn open(
+        config: &TrainConfig,
+        backend: &Arc<dyn Backend>,
+        queue: &Queue,
+        watcher: &dyn Watcher,
+    ) -> Result<Trainee, Error> {
+        let recompute = if config.recompute == 0 { Recompute::None } else { Recompute::Layers };
+        let decay = config.optimizer.decay;
+        let (precision, kv) = (config.dtype.precision(), config.dtype.kv());
+        let load = |path: &Path, precision: Precision| {
+            let path = builtin::resolve(path);
+            Model::load(&path, backend, precision, &|done, total| watcher.loading(&path, done, total))
+        };
+        if config.what == What::Model {
+            let path = builtin::resolve(&config.receiver);
+            let tokenizer = Tokenizer::from_folder(&path)?;
+            let model_config = ModelConfig::from_folder(&path)?;
+            let trainer = if model::has_weights(&path) {
+                let loaded = load(&config.receiver, Precision::F32)?;
+                ModelTrainer::new(queue.clone(), model_config, &loaded.decoder.weights, recompute, decay)?
+            } else {
+                ModelTrainer::init(
+                    queue.clone(),
+                    model_config,
+                    model::initializer_range(&path)?,
+                    config.seed,
+                    recompute,
+                    decay,
+                )?
+            };
+            return Ok(Trainee::Model { trainer: Box::new(trainer), tokenizer });
+        }
+        let receiver = load(&config.receiver, precision)?;
+        let sharers =
+            config.sharers.iter().map(|path| load(path, precision)).collect::<Result<Vec<Model>, _>>()?;
+        let training = Training {
+            dropout: config.fuser.dropout,
+            initial_temperature: config.gates.initial_temperature,
+            final_temperature: config.gates.final_temperature,
+            anneal_steps: config.gates.anneal_steps.unwrap_or_default(),
+        };
+        let mut fusers = Vec::new();
+        for (number, sharer) in sharers.iter().enumerate() {
+            let fuser = match config.fuser.checkpoints.get(number) {
+                Some(path) => Fuser::load(&builtin::resolve(path), backend)?,
+                None => {
+                    let f = &config.fuser;
+                    let new = receiver.fuser_config(sharer, f.kind, (f.hidden, f.intermediate), f.mapping);
+                    let new = FuserConfig { num_layers: f.layers, training, ..new };
+                    Fuser::init(new, config.seed + number as u64, backend)?
+                }
+            };
+            crate::fuser::require_contract(fuser.config(), &receiver.party(), &sharer.party())?;
+            fusers.push(TrainedFuser::new(&fuser, queue, decay)?);
+        }
+        let tokenizers = sharers
+            .iter()
+            .map(|sharer| sharer.tokenizer().cloned())
+            .collect::<Result<Vec<Tokenizer>, _>>()?;
+        let aligner = Aligner::new(receiver.tokenizer()?, &tokenizers, config.alignment)?;
+        let decoders = sharers.iter().map(|sharer| sharer.decoder.clone()).collect();
+        let pair = PairTrainer::new(
+            queue.clone(),
+            receiver.decoder.clone(),
+            decoders,
+            fusers,
+            config.multi_sharer,
+            kv,
+            recompute,
+            config.fuser.dropout as f32,
+            config.seed,
+        )?;
+        Ok(Trainee::Fuser { pair: Box::new(pair), aligner, receiver, sharers, kv, training })
+    }
+
+    /// `None`: too long, and to be left out.
+    pub fn sample(&self, example: &Example, config: &TrainConfig) -> Result<Option<Sample>, Error> {
+        let origin = example.origin.to_string();
+        let sample = match self {
+            Trainee::Fuser { aligner, .. } => {
+                let sample = Sample::chat(aligner, &example.messages, &origin)?;
+                PairTrainer::check(&sample)?;
+                sample
+            }
+            Trainee::Model { tokenizer, .. } => Sample::alone(tokenizer, &example.messages, &origin)?,
+        };
+        let most = config.length.max_length;
+        match config.length.too_long {
+            _ if sample.tokens() <= most => Ok(Some(sample)),
+            TooLong::Error => Err(Error::TooLong { origin, tokens: sample.tokens(), most }),
+            TooLong::Skip => Ok(None),
+            TooLong::Truncate => Ok(sample.truncated(most)),
+        }
+    }
+
+    pub fn tokenizers(&self) -> impl Iterator<Item = &Tokenizer> {
+        let all: Vec<&Tokenizer> = match self {
+            Trainee::Fuser { receiver, sharers, .. } => {
+                [receiver].into_iter().chain(sharers).filter_map(|model| model.tokenizer.as_ref()).collect()
+            }
+            Trainee::Model { tokenizer, .. } => vec![tokenizer],
+        };
+        all.into_iter()
+    }
+
+    pub fn is_fuser(&self) -> bool {
+        matches!(self, Trainee::Fuser { .. })
+    }
+
+    pub fn trained(&self) -> Vec<Trained<'_>> {
+        match self {
+            Trainee::Fuser { pair, .. } => pair.fusers.iter().map(Trained::Fuser).collect(),
+            Trainee::Model { trainer, .. } => vec![Trained::Model(&trainer.parameters)],
+        }
+    }
+
+    pub fn restore(&mut self, state: &State, queue: &Queue) -> Result<(), Error> {
+        match self {
+            Trainee::Fuser { pair, .. } => {
+                for (number, fuser) in pair.fusers.iter_mut().enumerate() {
+                    state.restore(number, &fuser.parameters, queue)?;
+                    state.restore_gates(number, &mut fuser.gates)?;
+                }
+                Ok(())
+            }
+            Trainee::Model { trainer, .. } => state.restore(0, &trainer.parameters, queue),
+        }
+    }
+
+    pub fn set_temperature(&mut self, temperature: f32) {
+        if let Trainee::Fuser { pair, .. } = self {
+            pair.fusers.iter_mut().for_each(|fuser| fuser.temperature = temperature);
+        }
+    }
+
+    pub fn learn(
+        &mut self,
+        samples: &[&Sample],
+        config: &TrainConfig,
+        step: u32,
+        scale: f32,
+    ) -> Result<BatchReport, Error> {
+        match self {
+            Trainee::Fuser { pair, .. } => {
+                let drawn: Vec<DrawnNoise> = (0..pair.fusers.len() as u32)
+                    .map(|sharer| DrawnNoise { seed: config.seed, step, sharer })
+                    .collect();
+                let noise: Vec<&dyn GateNoise> = drawn.iter().map(|noise| noise as &dyn GateNoise).collect();
+                pair.run(samples, Run::Learn { noise: &noise, step, scale })
+            }
+            Trainee::Model { trainer, .. } => trainer.run(samples, Some(scale)),
+        }
+    }
+
+    /// Mean held-out loss a token.
+    pub fn measure(&mut self, samples: &[Sample], batches: &Batches) -> Result<f64, Error> {
+        let order: Vec<u32> = (0..samples.len() as u32).collect();
+        let (mut sum, mut labels) = (0.0, 0);
+        for batch in batches.cut(samples, &order) {
+            let batch: Vec<&Sample> = batch.iter().map(|&index| &samples[index as usize]).collect();
+            let report = match self {
+                Trainee::Fuser { pair, .. } => pair.run(&batch, Run::Measure)?,
+                Trainee::Model { trainer, .. } => trainer.run(&batch, None)?,
+            };
+            sum += report.loss * report.labels as f64;
+            labels += report.labels;
+        }
+        Ok(sum / labels.max(1) as f64)
+    }
+
+    pub fn grad_norm(&self, queue: &Queue) -> Result<f64, Error> {
+        match self {
+            Trainee::Fuser { pair, .. } => {
+                let squares = pair.fusers.iter().map(|fuser| Ok(fuser.grad_norm(queue)?.powi(2)));
+                Ok(squares.sum::<Result<f64, Error>>()?.sqrt())
+            }
+            Trainee::Model { trainer, .. } => Ok(trainer.parameters.grad_squares(queue)?.sqrt()),
+        }
+    }
+
+    pub fn update(
+        &mut self,
+        queue: &Queue,
+        config: &TrainConfig,
+        step: u64,
+        lr: f32,
+        norm: f64,
+    ) -> Result<(), Error> {
+        let o = &config.optimizer;
+        let adamw = Adamw {
+            betas: o.betas.map(|beta| beta as f32),
+            eps: o.epsilon as f32,
+            weight_decay: o.weight_decay as f32,
+        };
+        // As torch's clip_grad_norm_.
+        let clip = if o.clip > 0.0 { (o.clip / (norm + 1e-6)).min(1.0) as f32 } else { 1.0 };
+        match self {
+            Trainee::Fuser { pair, .. } => {
+                pair.fusers.iter_mut().try_for_each(|fuser| fuser.update(queue, &adamw, step, lr, clip))
+            }
+            Trainee::Model { trainer, .. } => trainer.parameters.update(queue, &adamw, step, lr, clip),
+        }
+    }
+
+    pub fn first_bad_layer(&self, queue: &Queue) -> Result<Option<usize>, Error> {
+        match self {
+            Trainee::Fuser { pair, .. } => pair.first_bad_layer(),
+            Trainee::Model { trainer, .. } => trainer.first_bad_layer(queue),
+        }
+    }
+
+    pub fn gates_open(&self) -> Option<f64> {
+        let Trainee::Fuser { pair, .. } = self else { return None };
+        let hard: Vec<f32> = pair.fusers.iter().flat_map(|fuser| fuser.hard_gates()).flatten().collect();
+        Some(f64::from(hard.iter().sum::<f32>()) / hard.len().max(1) as f64)
+    }
+
+    /// Receiver, sharers, text-to-text, and C2C with the fuser as it is.
+    pub fn before(&mut self, exam: &Exam, queue: &Queue) -> Result<Vec<Score>, Error> {
+        match self {
+            Trainee::Fuser { pair, aligner, receiver, sharers, kv, .. } => {
+                let ours = receiver.tokenizer()?.clone();
+                let kv = *kv;
+                let mut scores = vec![exam.alone("receiver", receiver, queue, kv)?];
+                for (number, sharer) in sharers.iter().enumerate() {
+                    let name = if number == 0 { "sharer".into() } else { format!("sharer {}", number + 1) };
+                    scores.push(exam.alone(&name, sharer, queue, kv)?);
+                }
+                scores.push(exam.t2t(receiver, &sharers[0], queue, kv)?);
+                scores.push(exam.c2c("c2c untrained", pair, aligner, &ours, false, Control::None)?);
+                Ok(scores)
+            }
+            Trainee::Model { trainer, tokenizer } => {
+                Ok(vec![exam.alone("untrained", &trained_model(trainer, tokenizer), queue, DType::F32)?])
+            }
+        }
+    }
+
+    pub fn after(&mut self, exam: &Exam, queue: &Queue, seed: u64) -> Result<Vec<Score>, Error> {
+        match self {
+            Trainee::Fuser { pair, aligner, receiver, .. } => {
+                let ours = receiver.tokenizer()?.clone();
+                let mut ask = |mode: &str, swap: bool, control: Control| {
+                    exam.c2c(mode, pair, aligner, &ours, swap, control)
+                };
+                Ok(vec![
+                    ask("c2c", false, Control::None)?,
+                    ask("c2c-swap", true, Control::None)?,
+                    ask("c2c-random", false, Control::Random { seed })?,
+                ])
+            }
+            Trainee::Model { trainer, tokenizer } => {
+                Ok(vec![exam.alone("trained", &trained_model(trainer, tokenizer), queue, DType::F32)?])
+            }
+        }
+    }
+
+    /// During training.
+    pub fn quick_accuracy(&mut self, exam: &Exam, queue: &Queue) -> Result<Option<f64>, Error> {
+        if exam.questions.is_empty() {
+            return Ok(None);
+        }
+        let few = exam.first(QUICK);
+        let score = match self {
+            Trainee::Fuser { pair, aligner, receiver, .. } => {
+                let ours = receiver.tokenizer()?.clone();
+                few.c2c("c2c", pair, aligner, &ours, false, Control::None)?
+            }
+            Trainee::Model { trainer, tokenizer } => {
+                few.alone("trained", &trained_model(trainer, tokenizer), queue, DType::F32)?
+            }
+        };
+        Ok(Some(score.accuracy()))
+    }
+
+    /// Writes what was trained where `generate` reads it.
+    pub fn export(
+        &self,
+        folder: &Path,
+        config: &TrainConfig,
+        queue: &Queue,
+        total: u64,
+    ) -> Result<(), Error> {
+        fs::create_dir_all(folder).map_err(WriteError::at(folder))?;
+        match self {
+            Trainee::Fuser { pair, training, .. } => {
+                let anneal_steps = config.gates.anneal_steps.unwrap_or(total);
+                for (number, fuser) in pair.fusers.iter().enumerate() {
+                    let own = match pair.fusers.len() {
+                        1 => folder.to_path_buf(),
+                        _ => folder.join(format!("sharer-{}", number + 1)),
+                    };
+                    fs::create_dir_all(&own).map_err(WriteError::at(&own))?;
+                    let fuser = fuser.snapshot(Training { anneal_steps, ..*training });
+                    fuser.to_dtype(DType::Bf16, queue.backend())?.save(&own, queue)?;
+                }
+                Ok(())
+            }
+            Trainee::Model { trainer, .. } => {
+                trainer.save(folder)?;
+                let from = builtin::resolve(&config.receiver);
+                for name in model::COMPANIONS {
+                    let (from, to) = (from.join(name), folder.join(name));
+                    if from.is_file() && from != to {
+                        fs::copy(&from, &to).map_err(WriteError::at(&to))?;
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn trained_model(trainer: &ModelTrainer, tokenizer: &Tokenizer) -> Model {
+    Model { path: PathBuf::new(), decoder: trainer.decoder.clone(), tokenizer: Some(tokenizer.clone()) }
+}
