@@ -104,6 +104,54 @@ fn ten_updates_are_five_and_five_bit_for_bit() {
 }
 
 #[test]
+fn sharers_caches_on_disk_change_nothing_but_the_work() {
+    let place = Place::new("fuser");
+    let kept = place.path("kept");
+    let run = |out: &str, more: &[&str]| {
+        let output = place.train(out, more);
+        assert!(output.status.success(), "{}", told(&output));
+        (updates(&place.path(out)), trained(&place.path(out), "fuser.safetensors"), told(&output))
+    };
+    let keep = ["--cache-sharer", kept.to_str().unwrap()];
+    let without = run("without", &[]);
+    let cold = run("cold", &keep);
+    assert_eq!(without.0, cold.0);
+    let files: Vec<PathBuf> = fs::read_dir(&kept).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(files.iter().all(|file| file.extension().is_some_and(|e| e == "safetensors")), "{files:?}");
+    let tokens = |out: &str| -> u64 {
+        let records = events::read(&place.path(out)).unwrap().into_iter();
+        let of = |record| if let Record::Update(update) = record { update.tokens } else { 0 };
+        records.map(of).sum()
+    };
+    let warm = run("warm", &keep);
+    assert_eq!((&cold.0, &cold.1), (&warm.0, &warm.1), "the same run");
+    assert!(tokens("warm") < tokens("cold") && tokens("cold") < tokens("without"), "the sharer read less");
+    let again: Vec<PathBuf> = fs::read_dir(&kept).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(files.len(), again.len(), "nothing was missing");
+
+    // Damage is said and repaired.
+    let mut bytes = fs::read(&files[0]).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&files[0], bytes).unwrap();
+    let damaged = run("damaged", &keep);
+    assert_eq!((&cold.0, &cold.1), (&damaged.0, &damaged.1));
+    assert!(damaged.2.contains("checksum does not match"), "{}", damaged.2);
+    let repaired = run("repaired", &keep);
+    assert!(!repaired.2.contains("checksum"), "{}", repaired.2);
+
+    // Another sharer's are not taken for it.
+    let other = format!("sharers=[{:?}]", model("receiver"));
+    let mut other_keep = vec!["--set", &other, "--set", "length.steps=1"];
+    other_keep.extend(keep);
+    run("other", &other_keep);
+    assert!(fs::read_dir(&kept).unwrap().count() > files.len());
+
+    let blocked = place.train("blocked", &["--cache-sharer", place.path("rows.jsonl").to_str().unwrap()]);
+    assert!(!blocked.status.success() && told(&blocked).contains("rows.jsonl"), "{}", told(&blocked));
+}
+
+#[test]
 fn a_trained_fuser_answers_and_learning_lowers_the_loss() {
     let place = Place::new("fuser");
     let output = place.train("run", &["--set", "length.steps=40", "--set", "optimizer.learning_rate=3e-3"]);

@@ -43,6 +43,9 @@ struct Args {
     /// Folder for checkpoints, log and report
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Keep the Sharer's caches in this folder: later epochs and runs read them instead of running the Sharer
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    cache_sharer: Option<PathBuf>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE")]
     device: Option<DeviceChoice>,
@@ -136,6 +139,9 @@ fn start(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     let (mut config, notes) = layers.finish()?;
     if let Some(out) = args.out {
         config.out = out;
+    }
+    if args.cache_sharer.is_some() {
+        config.cache_sharer = args.cache_sharer;
     }
     if let Some(device) = args.device {
         config.device = device;

@@ -3,7 +3,7 @@
 use super::Error;
 use crate::{
     backend::{DType, Queue},
-    cache::{BlockTable, PagedKv},
+    cache::{BlockTable, Domain, PagedKv, Snapshot},
     model::{Activations, Batch, Decoder, Extent, Goal, SequenceStep},
     ops::Pass,
 };
@@ -88,6 +88,26 @@ impl BatchCache {
         let last = pieces.iter().map(|piece| piece.ids.len()).sum::<usize>().saturating_sub(1);
         let activations = self.activations.as_ref().expect("a pass leaves them");
         Ok(decoder.logits(queue, Pass::Decode, activations, &[last as u32])?)
+    }
+
+    /// Copies a sequence out, which `piece` says the tokens of.
+    pub fn capture(
+        &self,
+        queue: &Queue,
+        sequence: usize,
+        domain: Domain,
+        piece: Piece,
+    ) -> Result<Snapshot, Error> {
+        let table = &self.tables[sequence];
+        Ok(Snapshot::capture(&self.kv, queue, table, domain, piece.ids, piece.positions)?)
+    }
+
+    /// Puts a sequence that was computed before in the place of an empty one.
+    pub fn restore(&mut self, queue: &Queue, sequence: usize, snapshot: &Snapshot) -> Result<(), Error> {
+        let table = snapshot.restore(&self.kv, queue)?;
+        self.slots[sequence] = table.slots(0..table.len())?;
+        self.tables[sequence] = table;
+        Ok(())
     }
 
     fn pass(&mut self, queue: &Queue, decoder: &Decoder, pieces: &[Piece], goal: Goal) -> Result<(), Error> {

@@ -67,6 +67,9 @@ pub struct TrainConfig {
     pub eval_every: u64,
     /// Updates between checkpoints, which are also made at the end; 0 = only at the end. Default 500.
     pub save_every: u64,
+    /// Whether receiver, sharers and text-to-text answer the held-out questions before training; `true` by default. `false`
+    /// saves their time where it is known already how they do.
+    pub baselines: bool,
     /// End the run after so many measurements in a row without a lower held-out loss. Off by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stop: Option<u32>,
@@ -98,6 +101,7 @@ impl Default for TrainConfig {
             recompute: 0,
             eval_every: 100,
             save_every: 500,
+            baselines: true,
             early_stop: None,
         }
     }

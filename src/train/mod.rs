@@ -24,6 +24,7 @@ pub mod report;
 pub mod run;
 mod sample;
 pub mod schedule;
+mod sharer_store;
 pub mod tensorboard;
 mod trained_fuser;
 mod trainee;
@@ -39,6 +40,7 @@ pub use pass::{Labels, Recompute, TrainingPass, gradient_pages};
 pub use report::{AccuracyRow, GateStrength, Report};
 pub use sample::Sample;
 pub use schedule::{Annealing, LearningRate, Schedule};
+pub use sharer_store::SharerStore;
 pub use trained_fuser::{DrawnNoise, FuseRequest, FusedColumns, Gate, GateNoise, TrainedFuser};
 use trainee::Trainee;
 
@@ -72,6 +74,8 @@ pub enum Error {
     State { path: PathBuf, problem: String },
     #[error("the data is not what the run began with (its SHA-256 differs): begin a new run")]
     OtherData,
+    #[error("a sharer's cache cannot be kept: {0}; free space or give another folder as cache_sharer")]
+    KeepSharer(cache::SnapshotError),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]

@@ -1,8 +1,8 @@
 //! One pass over a batch of samples that trains the fusers of a receiver and its sharers: both models are frozen.
 
 use super::{
-    BatchCache, Error, FuseRequest, FusedColumns, GateNoise, Labels, Piece, Recompute, Sample, TrainedFuser,
-    TrainingPass, gradient_pages,
+    BatchCache, Error, FuseRequest, FusedColumns, GateNoise, Labels, Piece, Recompute, Sample, SharerStore,
+    TrainedFuser, TrainingPass, gradient_pages,
 };
 use crate::{
     backend::{DType, Event, Queue, Tensor},
@@ -27,6 +27,8 @@ pub struct PairTrainer {
     pub recompute: Recompute,
     pub dropout: f32,
     pub seed: u64,
+    /// Caches on disk, one a sharer; or empty.
+    pub stores: Vec<SharerStore>,
     receiver_cache: BatchCache,
     sharer_caches: Vec<BatchCache>,
     pass: Option<TrainingPass>,
@@ -136,6 +138,7 @@ impl PairTrainer {
             recompute,
             dropout,
             seed,
+            stores: Vec::new(),
             receiver_cache,
             sharer_caches,
             pass,
@@ -264,23 +267,58 @@ impl PairTrainer {
         Ok(())
     }
 
-    /// Fills the sharers' caches; the number of tokens they read.
+    /// Fills the sharers' caches, from disk where they are kept there; the number of tokens that had to be read.
     fn read_sharers(&mut self, samples: &[&Sample]) -> Result<usize, Error> {
         let mut tokens = 0;
         for (s, (decoder, cache)) in self.sharers.iter().zip(&mut self.sharer_caches).enumerate() {
-            let pieces: Vec<Piece> = samples
+            let mut pieces: Vec<Piece> = samples
                 .iter()
                 .map(|sample| &sample.prompt.sharers[s])
                 .map(|own| Piece { ids: &own.ids, positions: &own.positions })
                 .collect();
             let lengths: Vec<usize> = pieces.iter().map(|piece| piece.ids.len()).collect();
-            tokens += lengths.iter().sum::<usize>();
             cache.begin(&self.queue, decoder, &lengths)?;
-            if lengths.iter().any(|&len| len > 0) {
+            let store = self.stores.get(s);
+            for (i, piece) in pieces.iter_mut().enumerate() {
+                if let Some(kept) =
+                    store.filter(|_| !piece.ids.is_empty()).and_then(|store| store.get(*piece))
+                {
+                    cache.restore(&self.queue, i, &kept)?;
+                    *piece = Piece { ids: &[], positions: &[] };
+                }
+            }
+            let missing: usize = pieces.iter().map(|piece| piece.ids.len()).sum();
+            if missing > 0 {
                 cache.prefill(&self.queue, decoder, &pieces)?;
+            }
+            tokens += missing;
+            for (i, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.ids.is_empty()) {
+                if let Some(store) = store {
+                    let snapshot = cache.capture(&self.queue, i, store.domain().clone(), *piece)?;
+                    store.put(*piece, &snapshot)?;
+                }
             }
         }
         Ok(tokens)
+    }
+
+    /// How many sharers' caches of these samples are on disk, how many are not, and the bytes that those will take.
+    pub fn kept<'a>(&self, samples: impl Iterator<Item = &'a Sample>) -> (usize, usize, usize) {
+        let (mut there, mut missing, mut bytes) = (0, 0, 0);
+        for sample in samples {
+            for ((own, store), decoder) in sample.prompt.sharers.iter().zip(&self.stores).zip(&self.sharers) {
+                if own.ids.is_empty() {
+                    continue;
+                }
+                if store.has(Piece { ids: &own.ids, positions: &own.positions }) {
+                    there += 1;
+                } else {
+                    missing += 1;
+                    bytes += own.ids.len() * store.bytes_a_token(&decoder.config);
+                }
+            }
+        }
+        (there, missing, bytes)
     }
 
     /// The memory of the last pass where it is large enough.

@@ -101,7 +101,7 @@ pub fn run(
     log.add(&Record::Start { step: position.step, manifest: manifest.clone() })?;
     let mut scores = Vec::new();
     if position.step == 0 && !data.exam.questions.is_empty() {
-        scores = trainee.before(&data.exam, &queue)?;
+        scores = trainee.before(&data.exam, &queue, config.baselines)?;
         say_scores(watcher, "before training", &scores);
     }
 
@@ -207,12 +207,10 @@ fn due(step: u64, every: u64) -> bool {
 }
 
 fn refuse_unbuilt(config: &TrainConfig) -> Result<(), Error> {
-    let what = match config {
-        TrainConfig { what: What::Lora, .. } => "what = \"lora\" (low-rank adapters)",
-        TrainConfig { cache_sharer: Some(_), .. } => "cache_sharer (sharers' caches on disk)",
-        _ => return Ok(()),
-    };
-    Err(Error::NotBuilt { what })
+    match config.what {
+        What::Lora => Err(Error::NotBuilt { what: "what = \"lora\" (low-rank adapters)" }),
+        _ => Ok(()),
+    }
 }
 
 fn say_scores(watcher: &dyn Watcher, when: &str, scores: &[Score]) {
@@ -367,9 +365,19 @@ fn plan(
     };
     let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
     let state = trained * super::Parameters::BYTES;
+    let kept = match trainee {
+        Trainee::Fuser { pair, .. } if !pair.stores.is_empty() => {
+            let (there, missing, bytes) = pair.kept(data.samples.iter().chain(&data.held_out));
+            format!(
+                "\n      sharers' caches of samples on disk: {there}; to be computed once: {missing}, {:.0} MiB",
+                mib(bytes)
+            )
+        }
+        _ => String::new(),
+    };
     format!(
         "plan: {trained} parameters {what}, {:.0} MiB with gradients and moments\n      activations about {:.0} MiB\n      \
-         {} samples of {:.0} tokens on average, {:.0} learned from; {} held out\n      {total} updates of about {per_update:.0} tokens on {}",
+         {} samples of {:.0} tokens on average, {:.0} learned from; {} held out\n      {total} updates of about {per_update:.0} tokens on {}{kept}",
         mib(state),
         mib(pass + fuser),
         data.samples.len(),

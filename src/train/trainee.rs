@@ -2,7 +2,7 @@
 
 use super::{
     Adamw, BatchReport, Batches, Control, DrawnNoise, Error, GateNoise, ModelTrainer, PairTrainer, Recompute,
-    Run, Sample, TrainConfig, TrainedFuser,
+    Run, Sample, SharerStore, TrainConfig, TrainedFuser,
     checkpoint::{State, Trained},
     config::{TooLong, What},
     exam::{Exam, Score},
@@ -107,7 +107,7 @@ impl Trainee {
             .collect::<Result<Vec<Tokenizer>, _>>()?;
         let aligner = Aligner::new(receiver.tokenizer()?, &tokenizers, config.alignment)?;
         let decoders = sharers.iter().map(|sharer| sharer.decoder.clone()).collect();
-        let pair = PairTrainer::new(
+        let mut pair = PairTrainer::new(
             queue.clone(),
             receiver.decoder.clone(),
             decoders,
@@ -118,6 +118,10 @@ impl Trainee {
             config.fuser.dropout as f32,
             config.seed,
         )?;
+        if let Some(folder) = &config.cache_sharer {
+            let open = |sharer: &Model| SharerStore::open(folder, sharer, precision, kv);
+            pair.stores = sharers.iter().map(open).collect::<Result<_, _>>()?;
+        }
         Ok(Trainee::Fuser { pair: Box::new(pair), aligner, receiver, sharers, kv, training })
     }
 
@@ -263,18 +267,22 @@ impl Trainee {
         Some(f64::from(hard.iter().sum::<f32>()) / hard.len().max(1) as f64)
     }
 
-    /// Receiver, sharers, text-to-text, and C2C with the fuser as it is.
-    pub fn before(&mut self, exam: &Exam, queue: &Queue) -> Result<Vec<Score>, Error> {
+    /// C2C with the fuser as it is; before it, with `baselines`, receiver, sharers and text-to-text.
+    pub fn before(&mut self, exam: &Exam, queue: &Queue, baselines: bool) -> Result<Vec<Score>, Error> {
         match self {
             Trainee::Fuser { pair, aligner, receiver, sharers, kv, .. } => {
                 let ours = receiver.tokenizer()?.clone();
                 let kv = *kv;
-                let mut scores = vec![exam.alone("receiver", receiver, queue, kv)?];
-                for (number, sharer) in sharers.iter().enumerate() {
-                    let name = if number == 0 { "sharer".into() } else { format!("sharer {}", number + 1) };
-                    scores.push(exam.alone(&name, sharer, queue, kv)?);
+                let mut scores = Vec::new();
+                if baselines {
+                    scores.push(exam.alone("receiver", receiver, queue, kv)?);
+                    for (number, sharer) in sharers.iter().enumerate() {
+                        let name =
+                            if number == 0 { "sharer".into() } else { format!("sharer {}", number + 1) };
+                        scores.push(exam.alone(&name, sharer, queue, kv)?);
+                    }
+                    scores.push(exam.t2t(receiver, &sharers[0], queue, kv)?);
                 }
-                scores.push(exam.t2t(receiver, &sharers[0], queue, kv)?);
                 scores.push(exam.c2c("c2c untrained", pair, aligner, &ours, false, Control::None)?);
                 Ok(scores)
             }
