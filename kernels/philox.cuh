@@ -19,11 +19,12 @@ struct Rng {
         }
     }
 
-    // Uniform in (0, 1), a multiple of 2^-24.
+    // Of 32 bits: uniform in (0, 1), a multiple of 2^-24.
+    static __device__ __forceinline__ float unit(uint32_t bits) { return (float(bits >> 9) + 0.5f) * (1.f / 8388608.f); }
+
     __device__ __forceinline__ float uniform(uint32_t index) const {
         uint32_t c[4];
         bits(index / 4, c);
-        const uint32_t x = index % 4 == 0 ? c[0] : index % 4 == 1 ? c[1] : index % 4 == 2 ? c[2] : c[3];
-        return (float(x >> 9) + 0.5f) * (1.f / 8388608.f);
+        return unit(index % 4 == 0 ? c[0] : index % 4 == 1 ? c[1] : index % 4 == 2 ? c[2] : c[3]);
     }
 };

@@ -87,5 +87,6 @@ pub trait Training {
         m: &Tensor,
         v: &Tensor,
     );
+    fn dropout(&self, queue: usize, p: ops::DropoutParams, x: &Tensor, out: &Tensor);
     fn sum_of_squares(&self, queue: usize, x: &Tensor, out: &Tensor);
 }

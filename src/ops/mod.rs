@@ -6,6 +6,7 @@
 
 mod attention;
 pub mod cases;
+mod dropout;
 mod embed;
 mod fuse;
 mod fuse_training;
@@ -22,6 +23,7 @@ mod scratch;
 pub use attention::{
     AttentionGrads, AttentionOperands, AttentionParams, attention_backward, paged_attention,
 };
+pub use dropout::{DropoutParams, dropout};
 pub use embed::{EmbedParams, embed, embed_backward};
 pub(crate) use fuse::FUSE_CHUNK;
 pub use fuse::{Ffn, FuseExtent, FuseLayer, FuseOperands, FuseParams, Projector, SourceStage, fuse};

@@ -4,6 +4,7 @@ mod attention;
 mod blocks;
 #[cfg(test)]
 mod differences;
+mod dropout;
 mod executor;
 mod fuse;
 mod fuse_training;

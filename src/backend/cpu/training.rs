@@ -1,6 +1,6 @@
 //! The ops of training on a CPU: each is issued as its forward is.
 
-use super::{Cpu, attention, fuse_training, linear, optimizer, pointwise_backward, rope_backward};
+use super::{Cpu, attention, dropout, fuse_training, linear, optimizer, pointwise_backward, rope_backward};
 use crate::{
     backend::{Tensor, Training},
     ops,
@@ -160,6 +160,11 @@ impl Training for Cpu {
     ) {
         let (simd, weights, grad, m, v) = (self.simd, weights.clone(), grad.clone(), m.clone(), v.clone());
         self.executor.issue(queue, move |team| optimizer::adamw(team, simd, p, &weights, &grad, &m, &v));
+    }
+
+    fn dropout(&self, queue: usize, p: ops::DropoutParams, x: &Tensor, out: &Tensor) {
+        let (x, out) = (x.clone(), out.clone());
+        self.executor.issue(queue, move |team| dropout::dropout(team, p, &x, &out));
     }
 
     fn sum_of_squares(&self, queue: usize, x: &Tensor, out: &Tensor) {

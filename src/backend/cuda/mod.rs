@@ -9,6 +9,7 @@ mod arena;
 mod attention;
 mod attention_backward;
 mod cross_entropy;
+mod dropout;
 mod embed;
 mod event;
 mod fuse;

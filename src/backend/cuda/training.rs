@@ -1,7 +1,7 @@
 //! The ops of training on a GPU: each becomes its launches.
 
 use super::{
-    Cuda, adamw, attention_backward, cross_entropy, embed, fuse_training, glu, linear_backward,
+    Cuda, adamw, attention_backward, cross_entropy, dropout, embed, fuse_training, glu, linear_backward,
     norm_backward, rope_backward, sums,
 };
 use crate::{
@@ -189,6 +189,11 @@ impl Training for Cuda {
         v: &Tensor,
     ) {
         let (launch, args) = adamw::adamw(p, weights, grad, m, v);
+        self.launch(queue, &launch, &args);
+    }
+
+    fn dropout(&self, queue: usize, p: ops::DropoutParams, x: &Tensor, out: &Tensor) {
+        let (launch, args) = dropout::dropout(p, x, out);
         self.launch(queue, &launch, &args);
     }
 

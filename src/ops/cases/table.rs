@@ -234,4 +234,7 @@ fn training(all: &mut Vec<Case>) {
         push(TrainingCase::Adamw { len });
         push(TrainingCase::SumOfSquares { len });
     }
+    for (rows, cols, accumulate) in [(1, 1, false), (7, 54, true), (3, 97, false), (33, 1024, true)] {
+        push(TrainingCase::Dropout { rows, cols, accumulate });
+    }
 }

@@ -50,6 +50,11 @@ pub enum TrainingCase {
     SumOfSquares {
         len: usize,
     },
+    Dropout {
+        rows: usize,
+        cols: usize,
+        accumulate: bool,
+    },
 }
 
 impl TrainingCase {
@@ -65,6 +70,7 @@ impl TrainingCase {
             TrainingCase::CrossEntropy { .. } => "cross_entropy",
             TrainingCase::Adamw { .. } => "adamw",
             TrainingCase::SumOfSquares { .. } => "sum_of_squares",
+            TrainingCase::Dropout { .. } => "dropout",
         }
     }
 
@@ -173,6 +179,15 @@ impl TrainingCase {
             TrainingCase::SumOfSquares { len } => {
                 let x = data.float(&[len])?;
                 sum_of_squares(&queue, &x, &data.output("sum", false, &[1])?)?;
+            }
+            TrainingCase::Dropout { rows, cols, accumulate } => {
+                let x = data.float(&[rows, cols])?;
+                let out = match accumulate {
+                    true => data.accumulator("out", &[rows, cols])?,
+                    false => data.output("out", false, &[rows, cols])?,
+                };
+                let p = DropoutParams { probability: 0.3, seed: 5 << 33 | 7, part: 9, step: 4, accumulate };
+                dropout(&queue, p, &x, &out)?;
             }
         }
         Ok(())
