@@ -26,8 +26,9 @@ use std::{
 /// Both language models stay as they are; the fuser learns to carry what the Sharer's cache knows into the Receiver's. Without
 /// arguments the fuser of the built-in pair is trained, in a few minutes.
 ///
-/// Example:
+/// Examples:
 ///   train --config my.toml --set optimizer.learning_rate=2e-4
+///   train --config my.toml --what lora
 #[derive(Parser)]
 #[command(version, verbatim_doc_comment)]
 struct Args {
@@ -40,6 +41,9 @@ struct Args {
     /// One setting, such as optimizer.learning_rate=1e-4; may be given several times
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// What is trained: the fuser, all of the Receiver, or low-rank adapters beside it
+    #[arg(long, value_name = "fuser|model|lora", conflicts_with = "resume")]
+    what: Option<String>,
     /// Folder for checkpoints, log and report
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -132,6 +136,13 @@ fn start(args: Args) -> Result<(), Box<dyn std::error::Error>> {
     }
     if let Some(file) = &args.config {
         layers = layers.file(file)?;
+    }
+    if let Some(what) = &args.what {
+        layers = layers.set(&format!("what={what}"))?;
+        if what != "fuser" {
+            // Those of a preset or file have no part in it.
+            layers = layers.set("sharers=[]")?;
+        }
     }
     for setting in &args.set {
         layers = layers.set(setting)?;

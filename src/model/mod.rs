@@ -3,6 +3,7 @@
 //! One decoder whose families are data: [`ModelConfig`] says what a Llama, a Qwen or a Gemma is, [`Weights`] holds its
 //! tensors as they lie in the mapped file. [`load`] reads both from a Hugging Face folder or a GGUF file.
 
+mod adapter;
 mod batch;
 mod config;
 mod config_gguf;
@@ -17,6 +18,7 @@ mod parameters;
 mod safetensors;
 mod weights;
 
+pub use adapter::{Adapter, Factors, LoraTarget};
 pub use batch::{Batch, SequenceStep};
 pub use config::{Biases, ModelConfig, Rope, RopeScaling};
 pub use decoder::{Activations, Decoder, Extent, Goal, Head};
@@ -90,12 +92,18 @@ pub enum Source {
     Gguf(Gguf),
 }
 
-/// Loads a Hugging Face folder (`config.json` and safetensors) or a GGUF file.
+/// Loads a Hugging Face folder (`config.json` and safetensors), a GGUF file, or the folder of an [`Adapter`] with its base.
 ///
 /// Weights stay in the mapped file, in the format they have there, where the device can read them there. `progress` is
 /// told bytes done and total.
 pub fn load(path: &Path, backend: &Arc<dyn Backend>, progress: Progress<'_>) -> Result<Loaded, Error> {
     let kind = fs::metadata(path).map_err(|source| Error::Io { path: path.into(), source })?;
+    if kind.is_dir() && Adapter::is_at(path) {
+        let adapter = Adapter::read(path)?;
+        let base = load(&adapter.base_path(path)?, backend, progress)?;
+        let weights = adapter.merge(&base.config, &base.weights, backend)?;
+        return Ok(Loaded { weights, ..base });
+    }
     if kind.is_dir() {
         let config = ModelConfig::from_folder(path)?;
         let files = safetensors::open(path)?;

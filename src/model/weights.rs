@@ -49,6 +49,13 @@ pub struct LayerWeights {
     pub post_ffn_norm: Option<Tensor>,
 }
 
+impl LayerWeights {
+    /// `qkv`, `attn_out`, `gate_up`, `down`.
+    pub fn linears_mut(&mut self) -> [&mut Weight; 4] {
+        [&mut self.qkv, &mut self.attn_out, &mut self.gate_up, &mut self.down]
+    }
+}
+
 /// A tensor as its file describes it.
 #[derive(Clone)]
 pub(super) struct FileTensor {

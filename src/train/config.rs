@@ -11,6 +11,7 @@ use crate::{
     backend::DeviceChoice,
     data::{AdapterChoice, PromptStyle, Source},
     fuser::{FusionMode, Kind},
+    model::LoraTarget,
     pipeline::ComputeType,
 };
 pub use layers::{ConfigError, ConfigLayers, preset_names};
@@ -169,30 +170,6 @@ impl Default for LoraSettings {
     fn default() -> LoraSettings {
         LoraSettings { rank: 16, alpha: 32.0, dropout: 0.1, targets: LoraTarget::ALL.into() }
     }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LoraTarget {
-    Q,
-    K,
-    V,
-    O,
-    Gate,
-    Up,
-    Down,
-}
-
-impl LoraTarget {
-    pub const ALL: [LoraTarget; 7] = [
-        LoraTarget::Q,
-        LoraTarget::K,
-        LoraTarget::V,
-        LoraTarget::O,
-        LoraTarget::Gate,
-        LoraTarget::Up,
-        LoraTarget::Down,
-    ];
 }
 
 /// `[[data]]` and `[[held_out]]`.

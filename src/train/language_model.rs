@@ -1,8 +1,10 @@
-//! Training all weights of one language model.
+//! Training one language model: all its weights, or low-rank adapters beside them.
 
 use super::{
-    BatchCache, BatchReport, Error, Kept, Labels, Parameters, Piece, Recompute, Sample, TrainingPass,
-    config::Decay, gradient_pages,
+    BatchCache, BatchReport, Error, Kept, Labels, Learned, Lora, Parameters, Piece, Recompute, Sample,
+    TrainingPass,
+    config::{Decay, LoraSettings},
+    gradient_pages,
 };
 use crate::{
     backend::{DType, Event, Precision, Queue},
@@ -14,16 +16,23 @@ use crate::{
 use safetensors::Dtype;
 use std::{path::Path, sync::Arc};
 
-/// A model whose weights are learned, in f32.
+/// A model that learns, in f32.
 pub struct ModelTrainer {
     pub queue: Queue,
     pub decoder: Arc<Decoder>,
     pub parameters: Parameters,
     pub recompute: Recompute,
-    grads: Weights,
+    learns: Learns,
     cache: BatchCache,
     pass: Option<TrainingPass>,
     gradients: Option<KvPages>,
+}
+
+enum Learns {
+    /// The decoder's weights are the parameters; their gradients.
+    Weights(Weights),
+    /// The decoder is frozen.
+    Adapters(Box<Lora>),
 }
 
 impl ModelTrainer {
@@ -85,12 +94,61 @@ impl ModelTrainer {
         };
         let (weights, grads) = (view(Kept::Weights)?, view(Kept::Grad)?);
         let decoder = Arc::new(Decoder { config, weights, precision: Precision::F32 });
-        let cache = BatchCache::new(&queue, &decoder, DType::F32)?;
-        Ok(ModelTrainer { queue, decoder, parameters, recompute, grads, cache, pass: None, gradients: None })
+        Self::of(queue, decoder, parameters, recompute, Learns::Weights(grads))
     }
 
-    /// Runs a batch; with `learn` (a factor of the gradient of its mean loss) all gradients grow.
-    pub fn run(&mut self, samples: &[&Sample], learn: Option<f32>) -> Result<BatchReport, Error> {
+    /// New low-rank adapters beside the weights of `decoder`, which may be of any dtype and stay as they are.
+    pub fn adapters(
+        queue: Queue,
+        decoder: &Arc<Decoder>,
+        settings: &LoraSettings,
+        seed: u64,
+        recompute: Recompute,
+        decay: Decay,
+    ) -> Result<Self, Error> {
+        let decoder = match queue.backend().activation_dtype(decoder.precision) {
+            DType::F32 => decoder.clone(),
+            // What adapters add to is f32.
+            _ => {
+                let (config, weights) = (decoder.config.clone(), decoder.weights.clone());
+                Arc::new(Decoder { config, weights, precision: Precision::F32 })
+            }
+        };
+        let (parameters, lora) = Lora::new(&queue, &decoder.config, settings, seed, decay)?;
+        Self::of(queue, decoder, parameters, recompute, Learns::Adapters(Box::new(lora)))
+    }
+
+    fn of(
+        queue: Queue,
+        decoder: Arc<Decoder>,
+        parameters: Parameters,
+        recompute: Recompute,
+        learns: Learns,
+    ) -> Result<Self, Error> {
+        let cache = BatchCache::new(&queue, &decoder, DType::F32)?;
+        Ok(ModelTrainer { queue, decoder, parameters, recompute, learns, cache, pass: None, gradients: None })
+    }
+
+    /// The adapters, where it is those that learn.
+    pub fn lora(&self) -> Option<&Lora> {
+        match &self.learns {
+            Learns::Weights(_) => None,
+            Learns::Adapters(lora) => Some(lora),
+        }
+    }
+
+    /// The model as it is now, to ask it something.
+    pub fn answering(&self) -> Result<Arc<Decoder>, Error> {
+        let Some(lora) = self.lora() else { return Ok(self.decoder.clone()) };
+        let Decoder { config, weights, precision } = &*self.decoder;
+        let adapter = lora.snapshot(&self.queue, &self.parameters, config, "")?;
+        let weights = adapter.merge(config, weights, self.queue.backend())?;
+        Ok(Arc::new(Decoder { config: config.clone(), weights, precision: *precision }))
+    }
+
+    /// Runs a batch; with `learn` (the update, which keys dropped elements, and a factor of the gradient of the mean loss) all gradients
+    /// grow.
+    pub fn run(&mut self, samples: &[&Sample], learn: Option<(u32, f32)>) -> Result<BatchReport, Error> {
         let (queue, decoder) = (self.queue.clone(), self.decoder.clone());
         let lengths: Vec<usize> = samples.iter().map(|sample| sample.tokens()).collect();
         let begin = queue.record();
@@ -117,11 +175,18 @@ impl ModelTrainer {
             )?,
         };
         let pages = self.cache.kv.layers();
-        pass.forward(&queue, &decoder, &batch, pages)?;
+        if let Learns::Adapters(lora) = &mut self.learns {
+            lora.begin(&queue, batch.tokens)?;
+        }
+        let learned = match &self.learns {
+            Learns::Weights(grads) => Learned::Weights(grads),
+            Learns::Adapters(lora) => Learned::Adapters(lora, learn.map(|(update, _)| update)),
+        };
+        pass.forward(&queue, &decoder, &batch, pages, learned)?;
         let forward = queue.record();
-        let scale = learn.unwrap_or(0.0) / labels.len().max(1) as f32;
+        let scale = learn.map_or(0.0, |(_, scale)| scale) / labels.len().max(1) as f32;
         let labels = Labels { rows: &rows, labels: &labels, scale };
-        let losses = pass.loss(&queue, &decoder, batch.tokens, labels, Some(&self.grads), learn.is_some())?;
+        let losses = pass.loss(&queue, &decoder, batch.tokens, labels, learned, learn.is_some())?;
         let judged = queue.record();
         if learn.is_some() {
             let dkv = match self.gradients.take().filter(|dkv| dkv.blocks() == pages[0].blocks()) {
@@ -133,7 +198,10 @@ impl ModelTrainer {
                 ops::zero(&queue, &dkv.values)?;
                 Ok(dkv.clone())
             };
-            pass.backward(&queue, &decoder, &batch, pages, Some(&self.grads), 0, zeroed, |_| Ok(()))?;
+            pass.backward(&queue, &decoder, &batch, pages, learned, 0, zeroed, |_| Ok(()))?;
+            if let Learned::Adapters(lora, _) = learned {
+                lora.finish(&queue)?;
+            }
             self.gradients = Some(dkv);
         }
         self.pass = Some(pass);
@@ -158,8 +226,14 @@ impl ModelTrainer {
         self.pass.as_ref().map_or(Ok(None), |pass| pass.first_bad_layer(queue, tokens))
     }
 
-    /// Writes `model.safetensors` in bf16, with transformers' names, into `folder`.
-    pub fn save(&self, folder: &Path) -> Result<(), Error> {
+    /// Writes what has learned into `folder`: all weights as `model.safetensors` in bf16, with transformers' names, or adapters in PEFT's
+    /// files, which name `base` as their model.
+    pub fn save(&self, folder: &Path, base: &str) -> Result<(), Error> {
+        if let Some(lora) = self.lora() {
+            let config = &self.decoder.config;
+            let adapter = lora.snapshot(&self.queue, &self.parameters, config, base)?;
+            return Ok(adapter.write(folder, config)?);
+        }
         let tensors = self.parameters.entries().iter().enumerate().map(|(index, entry)| OutgoingTensor {
             name: entry.name.clone(),
             dtype: Dtype::BF16,

@@ -16,6 +16,7 @@ pub mod events;
 pub mod exam;
 mod figures;
 mod language_model;
+mod lora;
 mod pair;
 mod parameters;
 mod pass;
@@ -34,9 +35,10 @@ pub use batches::Batches;
 pub use config::{ConfigError, ConfigLayers, TrainConfig};
 pub use events::{Evaluation, Record, RunLog, Update};
 pub use language_model::ModelTrainer;
+pub use lora::Lora;
 pub use pair::{BatchReport, Control, PairTrainer, Phases, Run};
 pub use parameters::{Adamw, Entry, Kept, Parameters};
-pub use pass::{Labels, Recompute, TrainingPass, gradient_pages};
+pub use pass::{Labels, Learned, Recompute, TrainingPass, gradient_pages};
 pub use report::{AccuracyRow, GateStrength, Report};
 pub use sample::Sample;
 pub use schedule::{Annealing, LearningRate, Schedule};
@@ -60,8 +62,8 @@ pub enum Error {
     TooLong { origin: String, tokens: usize, most: usize },
     #[error("no sample is left to learn from")]
     NoSamples,
-    #[error("{what} is not built yet")]
-    NotBuilt { what: &'static str },
+    #[error("{}: is an adapter; train another one beside its base", path.display())]
+    AdapterOfAdapter { path: PathBuf },
     #[error("{device} cannot train: use --device cpu")]
     NoTraining { device: String },
     #[error(

@@ -1,7 +1,7 @@
 //! One pass over a batch of samples that trains the fusers of a receiver and its sharers: both models are frozen.
 
 use super::{
-    BatchCache, Error, FuseRequest, FusedColumns, GateNoise, Labels, Piece, Recompute, Sample, SharerStore,
+    BatchCache, Error, FuseRequest, FusedColumns, GateNoise, Labels, Learned, Piece, Recompute, Sample, SharerStore,
     TrainedFuser, TrainingPass, gradient_pages,
 };
 use crate::{
@@ -188,7 +188,7 @@ impl PairTrainer {
             (0u32..).zip(labels.copied()).filter(|(_, label)| *label != IGNORED).unzip();
         let context = batch.max_blocks * self.receiver_cache.kv.block_size();
         let pass = self.pass_for(batch.tokens, rows.len(), context)?;
-        pass.forward(&queue, &receiver, &batch, self.receiver_cache.kv.layers())?;
+        pass.forward(&queue, &receiver, &batch, self.receiver_cache.kv.layers(), Learned::Nothing)?;
         let answered = queue.record();
         let (learn, scale) = match run {
             Run::Learn { scale, .. } => (true, scale),
@@ -200,7 +200,7 @@ impl PairTrainer {
             &receiver,
             batch.tokens,
             Labels { rows: &rows, labels: &labels, scale },
-            None,
+            Learned::Nothing,
             learn,
         )?;
         let judged = queue.record();
@@ -447,7 +447,7 @@ impl PairTrainer {
             &self.receiver,
             batch,
             pages,
-            None,
+            Learned::Nothing,
             lowest,
             |layer| {
                 let pages = dkv(layer);

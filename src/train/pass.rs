@@ -3,7 +3,7 @@
 //! Gradients of keys and values lie in pages of their own, laid out as the cache is: attention adds to every slot that a query
 //! saw, so a fused past gets its gradient by the same op as the new tokens.
 
-use super::Error;
+use super::{Error, Lora};
 use crate::{
     backend::{Backend, DType, Precision, Queue, Tensor},
     model::{Batch, Decoder, LayerWeights, ModelConfig, Weights},
@@ -104,6 +104,31 @@ pub struct Labels<'a> {
     /// Factor of every row's gradient.
     pub scale: f32,
 }
+
+/// What of the model a pass learns, beside the gradients of keys and values.
+#[derive(Clone, Copy)]
+pub enum Learned<'a> {
+    Nothing,
+    /// All weights: their gradients.
+    Weights(&'a Weights),
+    /// Adapters beside frozen weights. The update keys the elements they drop; `None`: they drop nothing.
+    Adapters(&'a Lora, Option<u32>),
+}
+
+impl<'a> Learned<'a> {
+    fn weights(self) -> Option<&'a Weights> {
+        match self {
+            Learned::Weights(grads) => Some(grads),
+            _ => None,
+        }
+    }
+}
+
+/// Numbers of a layer's linear maps, for adapters.
+const QKV: usize = 0;
+const ATTN_OUT: usize = 1;
+const GATE_UP: usize = 2;
+const DOWN: usize = 3;
 
 /// Elements of logits that are held at once.
 const LOGITS: usize = 32 << 20;
@@ -227,12 +252,13 @@ impl TrainingPass {
         decoder: &Decoder,
         batch: &Batch,
         pages: &[KvPages],
+        learned: Learned,
     ) -> Result<(), Error> {
         assert!(batch.tokens <= self.tokens, "pass of {} tokens", batch.tokens);
         let (weights, config) = (&decoder.weights, &decoder.config);
         ops::embed(queue, &batch.ids, &weights.embed, config.embed_scale, &self.stream(0, batch.tokens))?;
         for (layer, pages) in pages.iter().enumerate().take(config.layers) {
-            self.layer(queue, decoder, batch, layer, pages)?;
+            self.layer(queue, decoder, batch, layer, pages, learned)?;
         }
         Ok(())
     }
@@ -245,20 +271,27 @@ impl TrainingPass {
         batch: &Batch,
         layer: usize,
         pages: &KvPages,
+        learned: Learned,
     ) -> Result<(), Error> {
         let (tokens, precision) = (batch.tokens, decoder.precision);
         let (w, c) = (&decoder.weights.layers[layer], &decoder.config);
         let k = self.kept(layer, tokens);
         let (x, y) = (self.stream(layer, tokens), self.stream(layer + 1, tokens));
         let assign = NormOutput::Assign;
-        let linear = |x: &Tensor, weight: &ops::Weight, accumulate: bool, out: &Tensor| {
-            ops::linear(queue, Pass::Prefill, x, weight, precision, accumulate, out)
+        let linear = |number: usize, x: &Tensor, weight: &ops::Weight, accumulate: bool, out: &Tensor| {
+            ops::linear(queue, Pass::Prefill, x, weight, precision, accumulate, out)?;
+            match learned {
+                Learned::Adapters(lora, update) => {
+                    lora.forward(queue, precision, layer, number, x, out, update)
+                }
+                _ => Ok(()),
+            }
         };
         let norm = |x: &Tensor, weight: &Tensor, output: NormOutput, out: &Tensor| {
             ops::rms_norm(queue, x, weight, c.norm_eps, c.norm_offset, output, out)
         };
         norm(&x, &w.attn_norm, assign, &k.normed)?;
-        linear(&k.normed, &w.qkv, false, &k.qkv)?;
+        linear(QKV, &k.normed, &w.qkv, false, &k.qkv)?;
         let operands = RopeOperands {
             qkv: k.qkv.clone(),
             q_out: Some(k.q.clone()),
@@ -274,7 +307,7 @@ impl TrainingPass {
             c.attention_params(batch, layer, c.heads * c.head_dim),
             &self.attention(batch, &k, pages),
         )?;
-        let join = |block: usize,
+        let join = |number: usize,
                     from: &Tensor,
                     x: &Tensor,
                     weight: &ops::Weight,
@@ -283,17 +316,18 @@ impl TrainingPass {
             ops::gather_rows(queue, from, &first(&self.rows, tokens), y)?;
             match (post, &k.blocks) {
                 (Some(post), Some(blocks)) => {
-                    linear(x, weight, false, &blocks[block])?;
-                    norm(&blocks[block], post, NormOutput::Add, y)
+                    let block = &blocks[usize::from(number == DOWN)];
+                    linear(number, x, weight, false, block)?;
+                    Ok(norm(block, post, NormOutput::Add, y)?)
                 }
-                _ => linear(x, weight, true, y),
+                _ => linear(number, x, weight, true, y),
             }
         };
-        join(0, &x, &k.attention, &w.attn_out, &w.post_attn_norm, &k.middle)?;
+        join(ATTN_OUT, &x, &k.attention, &w.attn_out, &w.post_attn_norm, &k.middle)?;
         norm(&k.middle, &w.ffn_norm, assign, &k.ffn_normed)?;
-        linear(&k.ffn_normed, &w.gate_up, false, &k.gate_up)?;
+        linear(GATE_UP, &k.ffn_normed, &w.gate_up, false, &k.gate_up)?;
         ops::glu(queue, &k.gate_up, c.activation, &k.activated)?;
-        join(1, &k.middle, &k.activated, &w.down, &w.post_ffn_norm, &y)?;
+        join(DOWN, &k.middle, &k.activated, &w.down, &w.post_ffn_norm, &y)?;
         Ok(())
     }
 
@@ -310,18 +344,19 @@ impl TrainingPass {
     }
 
     /// Loss of each labelled row of the last forward pass, in nats, and the start of the backward pass: with `learn`, the
-    /// gradient of the residual stream, and those of final norm and head in `grads`.
+    /// gradient of the residual stream, and those of final norm and head where they are learned.
     pub fn loss(
         &self,
         queue: &Queue,
         decoder: &Decoder,
         tokens: usize,
         labels: Labels,
-        grads: Option<&Weights>,
+        learned: Learned,
         learn: bool,
     ) -> Result<Vec<f32>, Error> {
         let (w, c) = (&decoder.weights, &decoder.config);
-        let (precision, stream) = (decoder.precision, self.stream(c.layers, tokens));
+        let (precision, stream, grads) =
+            (decoder.precision, self.stream(c.layers, tokens), learned.weights());
         let down = first(&self.down.stream, tokens);
         if learn {
             ops::zero(queue, &down)?;
@@ -377,7 +412,7 @@ impl TrainingPass {
     }
 
     /// Backward of the last forward pass, whose loss was taken with `learn`, from the last layer down to layer `lowest`, below
-    /// whose attention only trained weights (`grads`) want anything.
+    /// whose attention only what is learned of the model wants anything.
     ///
     /// `dkv(l)` gives F32 pages, all 0, for the gradients of layer l's keys and values; `done(l)` is called when they are
     /// complete.
@@ -388,7 +423,7 @@ impl TrainingPass {
         decoder: &Decoder,
         batch: &Batch,
         pages: &[KvPages],
-        grads: Option<&Weights>,
+        learned: Learned,
         lowest: usize,
         mut dkv: impl FnMut(usize) -> Result<KvPages, Error>,
         mut done: impl FnMut(usize) -> Result<(), Error>,
@@ -396,15 +431,14 @@ impl TrainingPass {
         let config = &decoder.config;
         for layer in (lowest..config.layers).rev() {
             if self.recompute == Recompute::Layers {
-                self.layer(queue, decoder, batch, layer, &pages[layer])?;
+                self.layer(queue, decoder, batch, layer, &pages[layer], learned)?;
             }
             let dkv = dkv(layer)?;
-            let last = layer == lowest && grads.is_none();
-            let layer_grads = grads.map(|grads| &grads.layers[layer]);
-            self.layer_backward(queue, decoder, batch, layer, &pages[layer], layer_grads, &dkv, last)?;
+            let last = layer == lowest && matches!(learned, Learned::Nothing);
+            self.layer_backward(queue, decoder, batch, layer, &pages[layer], learned, &dkv, last)?;
             done(layer)?;
         }
-        if let Some(grads) = grads {
+        if let Some(grads) = learned.weights() {
             let down = first(&self.down.stream, batch.tokens);
             ops::embed_backward(queue, &batch.ids, config.embed_scale, &down, &grads.embed)?;
         }
@@ -419,10 +453,11 @@ impl TrainingPass {
         batch: &Batch,
         layer: usize,
         pages: &KvPages,
-        grads: Option<&LayerWeights>,
+        learned: Learned,
         dkv: &KvPages,
         last: bool,
     ) -> Result<(), Error> {
+        let grads: Option<&LayerWeights> = learned.weights().map(|grads| &grads.layers[layer]);
         let (tokens, precision) = (batch.tokens, decoder.precision);
         let (w, c) = (&decoder.weights.layers[layer], &decoder.config);
         let k = self.kept(layer, tokens);
@@ -430,14 +465,24 @@ impl TrainingPass {
         let [stream, normed, attention, q, qkv, activated, gate_up] =
             [&d.stream, &d.normed, &d.attention, &d.q, &d.qkv, &d.activated, &d.gate_up]
                 .map(|tensor| first(tensor, tokens));
-        // Of y = x · Wᵀ + b: dx, and the gradients of W and b where they are trained.
-        let linear =
-            |dy: &Tensor, weight: &ops::Weight, x: &Tensor, grad: Option<&ops::Weight>, dx: &Tensor| {
-                if let Some(grad) = grad {
-                    ops::linear_backward_weight(queue, dy, x, precision, grad)?;
+        // Of y = x · Wᵀ + b: dx, and the gradients of W and b, or of W's adapters, where they are trained.
+        let linear = |number: usize,
+                      dy: &Tensor,
+                      weight: &ops::Weight,
+                      x: &Tensor,
+                      grad: Option<&ops::Weight>,
+                      dx: &Tensor| {
+            if let Some(grad) = grad {
+                ops::linear_backward_weight(queue, dy, x, precision, grad)?;
+            }
+            ops::linear_backward_input(queue, dy, weight, precision, false, dx)?;
+            match learned {
+                Learned::Adapters(lora, update) => {
+                    lora.backward(queue, precision, layer, number, x, dy, dx, update)
                 }
-                ops::linear_backward_input(queue, dy, weight, precision, false, dx)
-            };
+                _ => Ok(()),
+            }
+        };
         let norm = |x: &Tensor,
                     weight: &Tensor,
                     dy: &Tensor,
@@ -458,13 +503,13 @@ impl TrainingPass {
             }
         };
         let dblock = split(1, &w.post_ffn_norm, grads.and_then(|g| g.post_ffn_norm.as_ref()))?;
-        linear(&dblock, &w.down, &k.activated, grads.map(|g| &g.down), &activated)?;
+        linear(DOWN, &dblock, &w.down, &k.activated, grads.map(|g| &g.down), &activated)?;
         ops::glu_backward(queue, &k.gate_up, c.activation, &activated, &gate_up)?;
-        linear(&gate_up, &w.gate_up, &k.ffn_normed, grads.map(|g| &g.gate_up), &normed)?;
+        linear(GATE_UP, &gate_up, &w.gate_up, &k.ffn_normed, grads.map(|g| &g.gate_up), &normed)?;
         norm(&k.middle, &w.ffn_norm, &normed, NormOutput::Add, &stream, grads.map(|g| &g.ffn_norm))?;
 
         let dblock = split(0, &w.post_attn_norm, grads.and_then(|g| g.post_attn_norm.as_ref()))?;
-        linear(&dblock, &w.attn_out, &k.attention, grads.map(|g| &g.attn_out), &attention)?;
+        linear(ATTN_OUT, &dblock, &w.attn_out, &k.attention, grads.map(|g| &g.attn_out), &attention)?;
         let attention_grads =
             AttentionGrads { dout: attention, dq: q.clone(), dkv: dkv.clone(), scratch: d.scratch.clone() };
         let forward = self.attention(batch, &k, pages);
@@ -490,7 +535,7 @@ impl TrainingPass {
             dk_norm: grads.and_then(|g| g.k_norm.clone()),
         };
         ops::rope_backward(queue, c.rope_params(batch), &operands)?;
-        linear(&qkv, &w.qkv, &k.normed, grads.map(|g| &g.qkv), &normed)?;
+        linear(QKV, &qkv, &w.qkv, &k.normed, grads.map(|g| &g.qkv), &normed)?;
         let x = self.stream(layer, tokens);
         norm(&x, &w.attn_norm, &normed, NormOutput::Add, &stream, grads.map(|g| &g.attn_norm))?;
         Ok(())

@@ -4,8 +4,8 @@
 
 use super::{
     config::{
-        BatchSettings, DataSettings, FuserSettings, GateSettings, LengthSettings, LoraSettings, LoraTarget,
-        OptimizerSettings, TooLong, TrainConfig, What,
+        BatchSettings, DataSettings, FuserSettings, GateSettings, LengthSettings, LoraSettings, OptimizerSettings,
+        TooLong, TrainConfig, What,
     },
     schedule::Schedule,
 };
@@ -13,6 +13,7 @@ use crate::{
     align::Alignment,
     data::{Adapter, AdapterChoice, PromptStyle},
     fuser::{FusionMode, Kind},
+    model::LoraTarget,
 };
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -250,20 +251,13 @@ fn baseline(model: &Model, training: &Training) -> Result<TrainConfig, RecipeErr
 }
 
 fn target(name: &str) -> Result<LoraTarget, RecipeError> {
-    Ok(match name {
-        "q_proj" => LoraTarget::Q,
-        "k_proj" => LoraTarget::K,
-        "v_proj" => LoraTarget::V,
-        "o_proj" => LoraTarget::O,
-        "gate_proj" => LoraTarget::Gate,
-        "up_proj" => LoraTarget::Up,
-        "down_proj" => LoraTarget::Down,
-        other => {
-            let problem =
-                format!("names `{other}`: use q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj");
-            return refuse("training.lora.target_modules", problem);
-        }
-    })
+    LoraTarget::of_module(name).map_or_else(
+        || {
+            let known = LoraTarget::ALL.map(LoraTarget::module).join(", ");
+            refuse("training.lora.target_modules", format!("names `{name}`: use {known}"))
+        },
+        Ok,
+    )
 }
 
 /// A fuser between frozen models.

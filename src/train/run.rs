@@ -3,7 +3,7 @@
 use super::{
     Batches, Error, Recompute, Sample, TrainConfig, Trainee, TrainingPass,
     checkpoint::{self, Position, State},
-    config::{DataSettings, What},
+    config::DataSettings,
     events::{Evaluation, Record, RunLog, Update},
     exam::{Exam, Score},
     report::{AccuracyRow, GateStrength, Report},
@@ -69,7 +69,6 @@ pub fn run(
 ) -> Result<Outcome, Error> {
     let state = resume.map(State::open).transpose()?;
     let config = state.as_ref().map_or(config, |state| state.position.config.clone());
-    refuse_unbuilt(&config)?;
     let backend = backend::open(config.device, config.threads)?;
     if backend.training().is_none() {
         return Err(Error::NoTraining { device: backend.description() });
@@ -204,13 +203,6 @@ pub fn run(
 
 fn due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
-}
-
-fn refuse_unbuilt(config: &TrainConfig) -> Result<(), Error> {
-    match config.what {
-        What::Lora => Err(Error::NotBuilt { what: "what = \"lora\" (low-rank adapters)" }),
-        _ => Ok(()),
-    }
 }
 
 fn say_scores(watcher: &dyn Watcher, when: &str, scores: &[Score]) {
@@ -354,13 +346,10 @@ fn plan(
             (count, "of the fuser", TrainingPass::bytes(c, answers, answers, recompute), kept)
         }
         Trainee::Model { trainer, .. } => {
-            let c = &trainer.decoder.config;
-            (
-                trainer.parameters.count(),
-                "of the model",
-                TrainingPass::bytes(c, largest, largest, recompute),
-                0,
-            )
+            let pass = TrainingPass::bytes(&trainer.decoder.config, largest, largest, recompute);
+            let what = if trainer.lora().is_some() { "of adapters" } else { "of the model" };
+            let adapters = trainer.lora().map_or(0, |lora| lora.bytes(largest));
+            (trainer.parameters.count(), what, pass, adapters)
         }
     };
     let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);

@@ -8,7 +8,7 @@ use crate::{
     backend::{DType, Precision},
     cache::{Content, Domain, Fingerprint, KeyPositions, Snapshot, SnapshotError},
     durable::WriteError,
-    model::ModelConfig,
+    model::{Adapter, ModelConfig},
     pipeline::Model,
 };
 use sha2::{Digest, Sha256};
@@ -105,7 +105,7 @@ impl SharerStore {
     }
 }
 
-/// Of all weight files of a model, in the order of their names.
+/// Of all weight files of a model, in the order of their names; of an adapter's base before its own.
 fn weights_digest(path: &Path) -> Result<[u8; 32], Error> {
     let failed = |path: &Path| {
         let path = path.to_path_buf();
@@ -119,6 +119,9 @@ fn weights_digest(path: &Path) -> Result<[u8; 32], Error> {
         files.sort();
     }
     let mut hash = Sha256::new();
+    if Adapter::is_at(path) {
+        hash.update(weights_digest(&Adapter::read(path)?.base_path(path)?)?);
+    }
     for path in &files {
         let mut file = File::open(path).map_err(failed(path))?;
         hash.update(file.metadata().map_err(failed(path))?.len().to_le_bytes());

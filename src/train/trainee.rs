@@ -15,7 +15,7 @@ use crate::{
     data::Example,
     durable::WriteError,
     fuser::{Fuser, FuserConfig, Training},
-    model::{self, ModelConfig},
+    model::{self, Adapter, ModelConfig},
     pipeline::Model,
     tokenizer::Tokenizer,
 };
@@ -39,6 +39,7 @@ pub enum Trainee {
         kv: DType,
         training: Training,
     },
+    /// All of a model, or adapters beside it.
     Model {
         trainer: Box<ModelTrainer>,
         tokenizer: Tokenizer,
@@ -79,6 +80,15 @@ impl Trainee {
             return Ok(Trainee::Model { trainer: Box::new(trainer), tokenizer });
         }
         let receiver = load(&config.receiver, precision)?;
+        if config.what == What::Lora {
+            if Adapter::is_at(&receiver.path) {
+                return Err(Error::AdapterOfAdapter { path: config.receiver.clone() });
+            }
+            let (queue, tokenizer) = (queue.clone(), receiver.tokenizer()?.clone());
+            let (seed, decoder) = (config.seed, &receiver.decoder);
+            let trainer = ModelTrainer::adapters(queue, decoder, &config.lora, seed, recompute, decay)?;
+            return Ok(Trainee::Model { trainer: Box::new(trainer), tokenizer });
+        }
         let sharers =
             config.sharers.iter().map(|path| load(path, precision)).collect::<Result<Vec<Model>, _>>()?;
         let training = Training {
@@ -200,7 +210,7 @@ impl Trainee {
                 let noise: Vec<&dyn GateNoise> = drawn.iter().map(|noise| noise as &dyn GateNoise).collect();
                 pair.run(samples, Run::Learn { noise: &noise, step, scale })
             }
-            Trainee::Model { trainer, .. } => trainer.run(samples, Some(scale)),
+            Trainee::Model { trainer, .. } => trainer.run(samples, Some((step, scale))),
         }
     }
 
@@ -287,7 +297,7 @@ impl Trainee {
                 Ok(scores)
             }
             Trainee::Model { trainer, tokenizer } => {
-                Ok(vec![exam.alone("untrained", &trained_model(trainer, tokenizer), queue, DType::F32)?])
+                Ok(vec![exam.alone("untrained", &trained_model(trainer, tokenizer)?, queue, DType::F32)?])
             }
         }
     }
@@ -306,7 +316,7 @@ impl Trainee {
                 ])
             }
             Trainee::Model { trainer, tokenizer } => {
-                Ok(vec![exam.alone("trained", &trained_model(trainer, tokenizer), queue, DType::F32)?])
+                Ok(vec![exam.alone("trained", &trained_model(trainer, tokenizer)?, queue, DType::F32)?])
             }
         }
     }
@@ -323,7 +333,7 @@ impl Trainee {
                 few.c2c("c2c", pair, aligner, &ours, false, Control::None)?
             }
             Trainee::Model { trainer, tokenizer } => {
-                few.alone("trained", &trained_model(trainer, tokenizer), queue, DType::F32)?
+                few.alone("trained", &trained_model(trainer, tokenizer)?, queue, DType::F32)?
             }
         };
         Ok(Some(score.accuracy()))
@@ -353,8 +363,11 @@ impl Trainee {
                 Ok(())
             }
             Trainee::Model { trainer, .. } => {
-                trainer.save(folder)?;
                 let from = builtin::resolve(&config.receiver);
+                trainer.save(folder, &base_name(&config.receiver))?;
+                if trainer.lora().is_some() {
+                    return Ok(());
+                }
                 for name in model::COMPANIONS {
                     let (from, to) = (from.join(name), folder.join(name));
                     if from.is_file() && from != to {
@@ -367,6 +380,12 @@ impl Trainee {
     }
 }
 
-fn trained_model(trainer: &ModelTrainer, tokenizer: &Tokenizer) -> Model {
-    Model { path: PathBuf::new(), decoder: trainer.decoder.clone(), tokenizer: Some(tokenizer.clone()) }
+fn trained_model(trainer: &ModelTrainer, tokenizer: &Tokenizer) -> Result<Model, Error> {
+    Ok(Model { path: PathBuf::new(), decoder: trainer.answering()?, tokenizer: Some(tokenizer.clone()) })
+}
+
+/// What adapters name their model: its whole path, so that they find it from anywhere.
+fn base_name(receiver: &Path) -> String {
+    let whole = if receiver == builtin::resolve(receiver) { fs::canonicalize(receiver).ok() } else { None };
+    whole.unwrap_or_else(|| receiver.into()).display().to_string()
 }
