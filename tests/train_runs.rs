@@ -79,7 +79,11 @@ fn trained(folder: &Path, file: &str) -> Vec<u8> {
 
 #[test]
 fn ten_updates_are_five_and_five_bit_for_bit() {
-    for (what, file) in [("fuser", "fuser.safetensors"), ("model", "model.safetensors")] {
+    for (what, file) in [
+        ("fuser", "fuser.safetensors"),
+        ("model", "model.safetensors"),
+        ("lora", "adapter_model.safetensors"),
+    ] {
         let place = Place::new(what);
         let whole = place.train("whole", &[]);
         assert!(whole.status.success(), "{}", told(&whole));
@@ -149,6 +153,89 @@ fn sharers_caches_on_disk_change_nothing_but_the_work() {
 
     let blocked = place.train("blocked", &["--cache-sharer", place.path("rows.jsonl").to_str().unwrap()]);
     assert!(!blocked.status.success() && told(&blocked).contains("rows.jsonl"), "{}", told(&blocked));
+}
+
+/// A process for each rank, and what the first of them, which writes, left.
+fn in_ranks(place: &Place, out: &str, ranks: usize, more: &[&str]) -> Vec<Output> {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let processes: Vec<_> = (0..ranks)
+        .map(|rank| {
+            let mut command = place.command(out, more);
+            command.env("WORLD_SIZE", ranks.to_string()).env("RANK", rank.to_string());
+            command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    processes.into_iter().map(|process| process.wait_with_output().unwrap()).collect()
+}
+
+fn floats(folder: &Path, file: &str, name: &str) -> Vec<f32> {
+    let bytes = trained(folder, file);
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let data = file.tensor(name).unwrap().data().to_vec();
+    data.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+}
+
+#[test]
+fn two_processes_make_the_updates_of_one() {
+    for what in ["fuser", "lora"] {
+        let place = Place::new(what);
+        // The last update of an epoch has one batch alone: a process has nothing to add.
+        let settings = ["--set", "batch.samples=2", "--set", "threads=1"];
+        let alone = place.train("alone", &settings);
+        assert!(alone.status.success(), "{}", told(&alone));
+        let ranks = in_ranks(&place, "ranks", 2, &settings);
+        ranks.iter().for_each(|rank| assert!(rank.status.success(), "{}", told(rank)));
+        assert!(told(&ranks[0]).contains("report:") && !told(&ranks[1]).contains("report:"));
+        let (one, two) = (updates(&place.path("alone")), updates(&place.path("ranks")));
+        assert_eq!((one.len(), two.len()), (10, 10), "written once");
+        for (one, two) in one.iter().zip(&two) {
+            assert!((one.1 - two.1).abs() < 1e-4 * one.1 && (one.2 - two.2).abs() < 2e-3 * one.2, "{one:?} {two:?}");
+        }
+        if what == "lora" {
+            let name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight";
+            let [one, two] =
+                ["alone", "ranks"].map(|out| floats(&place.path(out), "adapter_model.safetensors", name));
+            assert!(one.iter().zip(&two).all(|(one, two)| (one - two).abs() < 1e-3), "{one:?} {two:?}");
+        }
+    }
+    // Who does not belong is turned away, on both sides.
+    let place = Place::new("fuser");
+    let uneven = in_ranks(&place, "uneven", 2, &["--set", "batch.accumulate=3"]);
+    uneven.iter().for_each(|rank| {
+        assert!(!rank.status.success() && told(rank).contains("batch.accumulate"), "{}", told(rank))
+    });
+}
+
+/// No more than 300 KiB in a file: the disk is full while the state is saved.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_the_checkpoint_before() {
+    let place = Place::new("fuser");
+    let settings = ["--set", "length.steps=5", "--set", "save_every=5"];
+    let first = place.train("run", &settings);
+    assert!(first.status.success(), "{}", told(&first));
+    let folder = place.path("run");
+    let state = folder.join("checkpoint-5/trainer_state.safetensors");
+    let before = fs::read(&state).unwrap();
+    let limit = before.len() / 2 / 512;
+    // The limit's signal is ignored, as it is for a real disk: the write fails.
+    let script = format!("trap '' XFSZ; ulimit -f {limit}; exec \"$0\" \"$@\"");
+    let full = Command::new("bash")
+        .args(["-c", &script, env!("CARGO_BIN_EXE_train")])
+        .args(["--config", place.path("run.toml").to_str().unwrap(), "--out", folder.to_str().unwrap()])
+        .args(["--set", "threads=2", "--set", "length.steps=7", "--set", "save_every=7"])
+        .output()
+        .unwrap();
+    let said = told(&full);
+    assert!(!full.status.success() && said.contains("cannot be written") && !said.contains("panicked"), "{said}");
+    assert!(said.contains("trainer_state.safetensors"), "{said}");
+    assert!(fs::read(&state).unwrap() == before, "the old checkpoint is as it was");
+    let left = fs::read_dir(folder.join("checkpoint-7")).into_iter().flatten().flatten();
+    assert_eq!(left.count(), 0, "nothing half-written stays");
+    // From where it is possible to go on.
+    let again = resume(&folder);
+    assert!(again.status.success(), "{}", told(&again));
 }
 
 #[test]
@@ -270,7 +357,7 @@ fn bad_input_is_told() {
         (vec!["optimiser.lr=1".into()], "optimiser"),
         (vec!["length.max_length=4".into()], "no sample"),
         (vec!["length.max_length=4".into(), "length.too_long=error".into()], "max_length"),
-        (vec!["what=lora".into(), "sharers=[]".into()], "not built"),
+        (vec!["what=lora".into()], "sharers"),
         (vec!["optimizer.learning_rate=1e30".into(), "optimizer.clip=0".into()], "not a number"),
     ];
     for (settings, word) in cases {

@@ -12,7 +12,7 @@ mod training;
 
 pub use dtype::DType;
 pub use tensor::{Shape, Storage, Tensor};
-pub use training::Training;
+pub use training::{Communicator, Training};
 
 use crate::ops;
 use memmap2::Mmap;

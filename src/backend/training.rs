@@ -1,6 +1,6 @@
 //! The ops of training: backward of the vocabulary, the loss, the optimiser.
 
-use super::Tensor;
+use super::{Error, Tensor};
 use crate::ops;
 
 /// A device that trains. One method per op; operands are described at the op's function in [`crate::ops`], which checks them
@@ -89,4 +89,24 @@ pub trait Training {
     );
     fn dropout(&self, queue: usize, p: ops::DropoutParams, x: &Tensor, out: &Tensor);
     fn sum_of_squares(&self, queue: usize, x: &Tensor, out: &Tensor);
+
+    /// What adds up tensors over the devices of `count` processes, of which this is number `rank`, on a queue; `None` where that goes
+    /// through the host. All processes call it at once; `exchange` gives all of them rank 0's bytes.
+    ///
+    /// # Errors
+    /// If the devices would have to add up on their own and cannot.
+    fn communicator(
+        &self,
+        queue: usize,
+        rank: usize,
+        count: usize,
+        exchange: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<Option<Box<dyn Communicator>>, Error>;
+}
+
+/// Devices of several processes that add up.
+pub trait Communicator {
+    /// Replaces an F32 tensor by the sum over all processes, in the order of the queue that was named at the start. All processes call it
+    /// with tensors of the same length, in the same order.
+    fn sum(&self, tensor: &Tensor) -> Result<(), Error>;
 }

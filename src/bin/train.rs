@@ -169,9 +169,13 @@ fn start(args: Args) -> Result<(), Box<dyn std::error::Error>> {
         bar.finish();
     }
     screen.say(&format!("{} after {} of {} updates", outcome.reason, outcome.step, outcome.total));
-    match (&outcome.result, outcome.reason) {
-        (None, _) => screen.say("go on with: train --resume DIR, where DIR is the folder of this run"),
-        (Some(result), _) => screen.say(&format!("trained: {}", result.display())),
+    match &outcome.result {
+        Some(result) => screen.say(&format!("trained: {}", result.display())),
+        None if outcome.reason == "interrupted" => {
+            screen.say("go on with: train --resume DIR, where DIR is the folder of this run")
+        }
+        // Another process of the run tells.
+        None => {}
     }
     if let Some(report) = &outcome.report {
         screen.say(&format!("report: {}", report.display()));

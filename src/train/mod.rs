@@ -20,6 +20,7 @@ mod lora;
 mod pair;
 mod parameters;
 mod pass;
+mod ranks;
 pub mod recipe;
 pub mod report;
 pub mod run;
@@ -39,6 +40,7 @@ pub use lora::Lora;
 pub use pair::{BatchReport, Control, PairTrainer, Phases, Run};
 pub use parameters::{Adamw, Entry, Kept, Parameters};
 pub use pass::{Labels, Learned, Recompute, TrainingPass, gradient_pages};
+pub use ranks::Ranks;
 pub use report::{AccuracyRow, GateStrength, Report};
 pub use sample::Sample;
 pub use schedule::{Annealing, LearningRate, Schedule};
@@ -64,6 +66,8 @@ pub enum Error {
     NoSamples,
     #[error("{}: is an adapter; train another one beside its base", path.display())]
     AdapterOfAdapter { path: PathBuf },
+    #[error("several processes: {0}")]
+    Ranks(String),
     #[error("{device} cannot train: use --device cpu")]
     NoTraining { device: String },
     #[error(

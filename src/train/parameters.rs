@@ -143,6 +143,11 @@ impl Parameters {
         Ok(())
     }
 
+    /// All gradients, F32`[len]`.
+    pub fn gradients(&self) -> &Tensor {
+        &self.grad
+    }
+
     /// `Σ g²` over all gradients.
     pub fn grad_squares(&self, queue: &Queue) -> Result<f64, Error> {
         ops::sum_of_squares(queue, &self.grad, &self.sum)?;

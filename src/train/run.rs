@@ -1,7 +1,7 @@
 //! A training run from its configuration to its report.
 
 use super::{
-    Batches, Error, Recompute, Sample, TrainConfig, Trainee, TrainingPass,
+    Batches, Error, Ranks, Recompute, Sample, TrainConfig, Trainee, TrainingPass,
     checkpoint::{self, Position, State},
     config::DataSettings,
     events::{Evaluation, Record, RunLog, Update},
@@ -39,6 +39,13 @@ pub trait Watcher {
     fn update(&self, _update: &Update, _total: u64) {}
 }
 
+/// Of the processes of a run that another one speaks for.
+struct Silent;
+
+impl Watcher for Silent {
+    fn say(&self, _: &str) {}
+}
+
 /// How a run ended.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -69,11 +76,14 @@ pub fn run(
 ) -> Result<Outcome, Error> {
     let state = resume.map(State::open).transpose()?;
     let config = state.as_ref().map_or(config, |state| state.position.config.clone());
-    let backend = backend::open(config.device, config.threads)?;
+    let mut ranks = Ranks::from_environment(&config, state.as_ref().map_or(0, |state| state.position.step))?;
+    let watcher = if ranks.leads() { watcher } else { &Silent };
+    let backend = backend::open(ranks.device(config.device), config.threads)?;
     if backend.training().is_none() {
         return Err(Error::NoTraining { device: backend.description() });
     }
     let queue = Queue::new(&backend)?;
+    ranks.join_devices(&queue)?;
     let mut trainee = Trainee::open(&config, &backend, &queue, watcher)?;
     let data = Data::load(&config, &trainee, watcher)?;
     let mut batches = Batches::new(&config, &data.samples);
@@ -92,14 +102,19 @@ pub fn run(
     };
     watcher.say(&plan(&config, &trainee, &data, &batches, total, &backend));
     let out = config.out.clone();
-    fs::create_dir_all(&out).map_err(WriteError::at(&out))?;
-    let mut log = match &state {
-        Some(state) => RunLog::resume(&out, state.position.step)?,
-        None => RunLog::create(&out)?,
-    };
-    log.add(&Record::Start { step: position.step, manifest: manifest.clone() })?;
+    // What a run leaves is written by one process.
+    let mut log = None;
+    if ranks.leads() {
+        fs::create_dir_all(&out).map_err(WriteError::at(&out))?;
+        log = Some(match &state {
+            Some(state) => RunLog::resume(&out, state.position.step)?,
+            None => RunLog::create(&out)?,
+        });
+    }
+    let mut note = |record: Record| log.as_mut().map_or(Ok(()), |log| log.add(&record));
+    note(Record::Start { step: position.step, manifest: manifest.clone() })?;
     let mut scores = Vec::new();
-    if position.step == 0 && !data.exam.questions.is_empty() {
+    if position.step == 0 && !data.exam.questions.is_empty() && ranks.leads() {
         scores = trainee.before(&data.exam, &queue, config.baselines)?;
         say_scores(watcher, "before training", &scores);
     }
@@ -112,28 +127,35 @@ pub fn run(
         let step = position.step;
         trainee.set_temperature(annealing.after(step));
         let update_start = Instant::now();
-        let (mut loss, mut tokens, mut micro) = (0.0, 0u64, 0u32);
+        let (mut loss, mut tokens, mut layer) = (0.0, 0.0, None);
         let update = batches.update(&data.samples, step);
-        for batch in update {
+        for (number, batch) in ranks.share(update) {
             let samples: Vec<&Sample> = batch.iter().map(|&index| &data.samples[index as usize]).collect();
-            let key = step as u32 * config.batch.accumulate as u32 + micro;
+            let key = step as u32 * config.batch.accumulate as u32 + number as u32;
             // A last window that is not full is still divided by the full count, as published.
             let scale = 1.0 / config.batch.accumulate as f32;
             let report = trainee.learn(&samples, &config, key, scale)?;
-            if !report.loss.is_finite() {
-                let saved = save(&mut position, &trainee, &queue, &out, started, spent_before)?;
-                let layer = trainee.first_bad_layer(&queue)?;
-                log.add(&Record::End { step, reason: "the loss is not a number".into() })?;
-                return Err(Error::NotFinite { step: step + 1, layer, saved });
-            }
             loss += report.loss / update.len() as f64;
-            tokens += (report.receiver_tokens + report.sharer_tokens) as u64;
-            micro += 1;
+            tokens += (report.receiver_tokens + report.sharer_tokens) as f64;
+            if !report.loss.is_finite() {
+                layer = trainee.first_bad_layer(&queue)?;
+                break;
+            }
         }
-        let norm = trainee.grad_norm(&queue)?;
+        let mut sums = [loss, tokens];
+        ranks.sum(&mut sums)?;
+        let [loss, tokens] = sums;
+        if loss.is_finite() {
+            trainee.sum_gradients(&queue, &mut ranks)?;
+        }
+        let norm = if loss.is_finite() { trainee.grad_norm(&queue)? } else { f64::NAN };
         if !norm.is_finite() {
-            let saved = save(&mut position, &trainee, &queue, &out, started, spent_before)?;
-            return Err(Error::NotFinite { step: step + 1, layer: None, saved });
+            let saved = match ranks.leads() {
+                true => save(&mut position, &trainee, &queue, &out, started, spent_before)?,
+                false => checkpoint::folder(&out, step),
+            };
+            note(Record::End { step, reason: "loss or gradient is not a number".into() })?;
+            return Err(Error::NotFinite { step: step + 1, layer, saved });
         }
         let learning_rate = rate.at(step);
         trainee.update(&queue, &config, step + 1, learning_rate as f32, norm)?;
@@ -147,15 +169,16 @@ pub fn run(
             gradient_norm: norm,
             temperature: trainee.is_fuser().then(|| f64::from(annealing.after(step))),
             gates_open: trainee.gates_open(),
-            tokens,
-            tokens_per_second: tokens as f64 / seconds.max(1e-9),
+            tokens: tokens as u64,
+            tokens_per_second: tokens / seconds.max(1e-9),
             seconds: spent_before + started.elapsed().as_secs_f64(),
         };
-        log.add(&Record::Update(record.clone()))?;
+        note(Record::Update(record.clone()))?;
         watcher.update(&record, total);
         let ended = position.step == total;
         let mut early = false;
-        if !data.held_out.is_empty() && (ended || due(position.step, config.eval_every)) {
+        let measured = !data.held_out.is_empty() && (ended || due(position.step, config.eval_every));
+        if measured && ranks.leads() {
             let loss = trainee.measure(&data.held_out, &batches)?;
             let accuracy = match ended {
                 // The accuracy at the end has a table of its own.
@@ -163,7 +186,7 @@ pub fn run(
                 false => trainee.quick_accuracy(&data.exam, &queue)?,
             };
             let seconds = spent_before + started.elapsed().as_secs_f64();
-            log.add(&Record::Evaluation(Evaluation { step: position.step, loss, accuracy, seconds }))?;
+            note(Record::Evaluation(Evaluation { step: position.step, loss, accuracy, seconds }))?;
             let accuracy =
                 accuracy.map_or(String::new(), |accuracy| format!(", accuracy {:.1} %", 100.0 * accuracy));
             watcher.say(&format!("update {}: held-out loss {loss:.4}{accuracy}", position.step));
@@ -174,19 +197,21 @@ pub fn run(
             }
             early = !ended && config.early_stop.is_some_and(|patience| position.since_best >= patience);
         }
-        let interrupted = stop.load(Ordering::Relaxed) && !ended;
-        if ended || early || interrupted || due(position.step, config.save_every) {
+        early = ranks.any(early)?;
+        let interrupted = ranks.any(stop.load(Ordering::Relaxed) && !ended)?;
+        let saves = ended || early || interrupted || due(position.step, config.save_every);
+        if saves && ranks.leads() {
             let path = save(&mut position, &trainee, &queue, &out, started, spent_before)?;
-            log.add(&Record::Checkpoint { step: position.step, path })?;
+            note(Record::Checkpoint { step: position.step, path })?;
         }
         if early || interrupted {
             reason = if early { "stopped early" } else { "interrupted" };
             break;
         }
     }
-    log.add(&Record::End { step: position.step, reason: reason.into() })?;
+    note(Record::End { step: position.step, reason: reason.into() })?;
     let mut outcome = Outcome { step: position.step, total, reason, scores, result: None, report: None };
-    if reason == "interrupted" {
+    if reason == "interrupted" || !ranks.leads() {
         return Ok(outcome);
     }
     let result = out.join("final");

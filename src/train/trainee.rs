@@ -1,7 +1,7 @@
 //! What is trained, with everything around it: the fusers of a pair, or a model.
 
 use super::{
-    Adamw, BatchReport, Batches, Control, DrawnNoise, Error, GateNoise, ModelTrainer, PairTrainer, Recompute,
+    Adamw, BatchReport, Batches, Control, DrawnNoise, Error, GateNoise, ModelTrainer, PairTrainer, Ranks, Recompute,
     Run, Sample, SharerStore, TrainConfig, TrainedFuser,
     checkpoint::{State, Trained},
     config::{TooLong, What},
@@ -228,6 +228,22 @@ impl Trainee {
             labels += report.labels;
         }
         Ok(sum / labels.max(1) as f64)
+    }
+
+    /// Adds the gradients up over all processes of the run.
+    pub fn sum_gradients(&mut self, queue: &Queue, ranks: &mut Ranks) -> Result<(), Error> {
+        match self {
+            Trainee::Fuser { pair, .. } => pair.fusers.iter_mut().try_for_each(|fuser| {
+                ranks.sum_tensor(queue, fuser.parameters.gradients())?;
+                let gates = || fuser.gates.iter().flatten();
+                let mut grads: Vec<f32> = gates().map(|gate| gate.grad).collect();
+                ranks.sum(&mut grads)?;
+                let gates = fuser.gates.iter_mut().flatten();
+                gates.zip(grads).for_each(|(gate, grad)| gate.grad = grad);
+                Ok(())
+            }),
+            Trainee::Model { trainer, .. } => ranks.sum_tensor(queue, trainer.parameters.gradients()),
+        }
     }
 
     pub fn grad_norm(&self, queue: &Queue) -> Result<f64, Error> {

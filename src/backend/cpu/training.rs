@@ -2,7 +2,7 @@
 
 use super::{Cpu, attention, dropout, fuse_training, linear, optimizer, pointwise_backward, rope_backward};
 use crate::{
-    backend::{Tensor, Training},
+    backend::{Communicator, Error, Tensor, Training},
     ops,
 };
 
@@ -170,5 +170,16 @@ impl Training for Cpu {
     fn sum_of_squares(&self, queue: usize, x: &Tensor, out: &Tensor) {
         let (simd, x, out) = (self.simd, x.clone(), out.clone());
         self.executor.issue(queue, move |team| optimizer::sum_of_squares(team, simd, &x, &out));
+    }
+
+    /// Processes on CPUs add up on their connections.
+    fn communicator(
+        &self,
+        _queue: usize,
+        _rank: usize,
+        _count: usize,
+        _exchange: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<Option<Box<dyn Communicator>>, Error> {
+        Ok(None)
     }
 }

@@ -20,6 +20,7 @@ mod linear_backward;
 mod linear_decode;
 mod linear_prefill;
 mod module;
+mod nccl;
 mod norm_backward;
 mod pages;
 mod pointwise;

@@ -2,10 +2,10 @@
 
 use super::{
     Cuda, adamw, attention_backward, cross_entropy, dropout, embed, fuse_training, glu, linear_backward,
-    norm_backward, rope_backward, sums,
+    nccl, norm_backward, rope_backward, sums,
 };
 use crate::{
-    backend::{Backend, DType, Tensor, Training},
+    backend::{Backend, Communicator, DType, Error, Tensor, Training},
     ops,
 };
 use cudarc::driver::result;
@@ -225,5 +225,15 @@ impl Training for Cuda {
     ) {
         let plans = fuse_training::backward(p, extent, operands, tapes, grads);
         plans.iter().for_each(|plan| self.run_fuser(queue, plan, &operands.scratch));
+    }
+
+    fn communicator(
+        &self,
+        queue: usize,
+        rank: usize,
+        count: usize,
+        exchange: &mut dyn FnMut(&mut [u8]),
+    ) -> Result<Option<Box<dyn Communicator>>, Error> {
+        nccl::join(self, queue, rank, count, exchange)
     }
 }
