@@ -38,7 +38,8 @@ fn loaded(queue: &Queue, path: &Path) -> Arc<Decoder> {
 fn samples() -> Vec<Sample> {
     let sample = |len: usize, salt: u32| {
         let ids: Vec<u32> = (0..len as u32).map(|t| (t * t * 7 + salt) % 300).collect();
-        let labels = (0..len).map(|t| if t < len / 2 || t + 1 == len { IGNORED } else { ids[t + 1] }).collect();
+        let labels =
+            (0..len).map(|t| if t < len / 2 || t + 1 == len { IGNORED } else { ids[t + 1] }).collect();
         let sections = vec![Section { len, sharer_mask: 0 }];
         let prompt = Prompt { positions: (0..len as u32).collect(), ids, sharers: Vec::new(), sections };
         Sample { prompt, labels, origin: "test".into() }
@@ -57,7 +58,8 @@ fn adapters(decoder: &Arc<Decoder>, settings: &LoraSettings, recompute: Recomput
     for (index, entry) in trainer.parameters.entries().iter().enumerate() {
         if entry.name.contains("lora_B") {
             let view = trainer.parameters.view(Kept::Weights, index);
-            let values = normal(8, index as u32, view.elements()).iter().map(|x| 0.1 * x).collect::<Vec<f32>>();
+            let values =
+                normal(8, index as u32, view.elements()).iter().map(|x| 0.1 * x).collect::<Vec<f32>>();
             trainer.queue.upload(&values, &view);
         }
     }
@@ -169,9 +171,12 @@ fn dropped_elements_are_the_same_on_the_way_back() {
             queue.upload(&moved, &view);
             run(&mut trainer, Some((3, 0.0)))
         };
-        let slope = (at(5e-3) - at(-5e-3)) / 1e-2;
+        let slope = (at(2e-3) - at(-2e-3)) / 4e-3;
         queue.upload(&before, &view);
-        assert!((slope - length).abs() < 2e-2 * length + 2e-5, "tensor {index}: slope {slope}, gradient {length}");
+        assert!(
+            (slope - length).abs() < 1e-2 * length + 3e-3,
+            "tensor {index}: slope {slope}, gradient {length}"
+        );
     }
 }
 
@@ -196,12 +201,22 @@ fn adapters_fit_either_order_of_rotary_pairs() {
             part.matrix = queue.tensor(&paired, &[rows, cols], "q or k").unwrap();
         }
     }
+    queue.synchronize().unwrap();
     let paired = Arc::new(Decoder { config, weights, precision: Precision::F32 });
     let mut plain = adapters(&decoder, &settings(0.0, &LoraTarget::ALL), Recompute::None);
     let snapshot = plain.lora().unwrap().snapshot(&queue, &plain.parameters, &decoder.config, "").unwrap();
     let merged = snapshot.merge(&paired.config, &paired.weights, queue.backend()).unwrap();
-    let merged = Arc::new(Decoder { config: paired.config.clone(), weights: merged, precision: Precision::F32 });
-    let mut merged = ModelTrainer::adapters(queue.clone(), &merged, &settings(0.0, &[LoraTarget::Q]), 1, Recompute::None, Decay::All).unwrap();
+    let merged =
+        Arc::new(Decoder { config: paired.config.clone(), weights: merged, precision: Precision::F32 });
+    let mut merged = ModelTrainer::adapters(
+        queue.clone(),
+        &merged,
+        &settings(0.0, &[LoraTarget::Q]),
+        1,
+        Recompute::None,
+        Decay::All,
+    )
+    .unwrap();
     let (ours, expected) = (run(&mut merged, None), run(&mut plain, None));
     assert!((ours - expected).abs() < 1e-5, "{ours} {expected}");
     // And what is trained there comes out in transformers' order.
@@ -209,7 +224,15 @@ fn adapters_fit_either_order_of_rotary_pairs() {
     let out = there.lora().unwrap().snapshot(&queue, &there.parameters, &paired.config, "").unwrap();
     let back = out.merge(&paired.config, &paired.weights, queue.backend()).unwrap();
     let back = Arc::new(Decoder { config: paired.config.clone(), weights: back, precision: Precision::F32 });
-    let mut back = ModelTrainer::adapters(queue.clone(), &back, &settings(0.0, &[LoraTarget::Q]), 1, Recompute::None, Decay::All).unwrap();
+    let mut back = ModelTrainer::adapters(
+        queue.clone(),
+        &back,
+        &settings(0.0, &[LoraTarget::Q]),
+        1,
+        Recompute::None,
+        Decay::All,
+    )
+    .unwrap();
     let mut there = there;
     let (ours, expected) = (run(&mut back, None), run(&mut there, None));
     assert!((ours - expected).abs() < 1e-5, "{ours} {expected}");
@@ -234,19 +257,25 @@ fn a_folder_of_adapters_is_a_model() {
     }
     let said: serde_json::Value =
         serde_json::from_slice(&fs::read(folder.path().join("adapter_config.json")).unwrap()).unwrap();
-    assert_eq!((&said["peft_type"], &said["r"], &said["lora_alpha"]), (&"LORA".into(), &3.into(), &7.5.into()));
+    assert_eq!(
+        (&said["peft_type"], &said["r"], &said["lora_alpha"]),
+        (&"LORA".into(), &3.into(), &7.5.into())
+    );
     let again = Adapter::read(folder.path()).unwrap();
     assert_eq!(again, trainer.lora().unwrap().snapshot(&queue, &trainer.parameters, config, &base).unwrap());
 
     let merged = loaded(&queue, folder.path());
     assert_eq!(merged.weights.layers[0].down.parts[0].matrix.dtype(), DType::F32);
-    let mut merged = ModelTrainer::new(queue.clone(), merged.config.clone(), &merged.weights, Recompute::None, Decay::All).unwrap();
+    let mut merged =
+        ModelTrainer::new(queue.clone(), merged.config.clone(), &merged.weights, Recompute::None, Decay::All)
+            .unwrap();
     let (ours, expected) = (run(&mut merged, None), run(&mut trainer, None));
     assert!((ours - expected).abs() < 1e-5, "{ours} {expected}");
 
     // It answers, with its base's tokenizer, and not as its base does.
     let ask = |model: &str| {
-        let args = ["--mode", "receiver", "--receiver", model, "--prompt", "the answer", "--dtype", "f32", "--json"];
+        let args =
+            ["--mode", "receiver", "--receiver", model, "--prompt", "the answer", "--dtype", "f32", "--json"];
         let run = generate(&args);
         assert!(run.ok, "{}", run.stderr);
         serde_json::from_str::<serde_json::Value>(&run.stdout).unwrap()["tokens"].clone()

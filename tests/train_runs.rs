@@ -190,7 +190,10 @@ fn two_processes_make_the_updates_of_one() {
         let (one, two) = (updates(&place.path("alone")), updates(&place.path("ranks")));
         assert_eq!((one.len(), two.len()), (10, 10), "written once");
         for (one, two) in one.iter().zip(&two) {
-            assert!((one.1 - two.1).abs() < 1e-4 * one.1 && (one.2 - two.2).abs() < 2e-3 * one.2, "{one:?} {two:?}");
+            assert!(
+                (one.1 - two.1).abs() < 1e-4 * one.1 && (one.2 - two.2).abs() < 2e-3 * one.2,
+                "{one:?} {two:?}"
+            );
         }
         if what == "lora" {
             let name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight";
@@ -228,7 +231,10 @@ fn a_full_disk_leaves_the_checkpoint_before() {
         .output()
         .unwrap();
     let said = told(&full);
-    assert!(!full.status.success() && said.contains("cannot be written") && !said.contains("panicked"), "{said}");
+    assert!(
+        !full.status.success() && said.contains("cannot be written") && !said.contains("panicked"),
+        "{said}"
+    );
     assert!(said.contains("trainer_state.safetensors"), "{said}");
     assert!(fs::read(&state).unwrap() == before, "the old checkpoint is as it was");
     let left = fs::read_dir(folder.join("checkpoint-7")).into_iter().flatten().flatten();

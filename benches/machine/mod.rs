@@ -113,20 +113,25 @@ impl Machine {
                 times[before..].iter().sum()
             })
         });
-        let rates = self.rates.as_ref()?;
         times.sort();
         let median = *times.get(times.len() / 2)?;
+        self.share(id, work, median).map(|()| median)
+    }
+
+    /// Prints what `work` done in `time` is of the limit; `None` in a smoke test.
+    pub fn share(&self, id: &str, work: Work, time: Duration) -> Option<()> {
+        let rates = self.rates.as_ref()?;
         let (amount, limit, unit, of) = match work {
             Work::F32(amount) => (amount, rates.f32, "GFLOP/s", "f32 multiply-add rate"),
             Work::Bf16(amount) => (amount, rates.bf16, "GFLOP/s", "bf16 multiply-add rate"),
             Work::Int8(amount) => (amount, rates.int8, "GOP/s", "int8 multiply-add rate"),
             Work::Read(amount) => (amount, rates.read, "GB/s", "memory bandwidth"),
         };
-        let rate = amount / median.as_secs_f64();
+        let rate = amount / time.as_secs_f64();
         let share =
             limit.map_or(String::new(), |limit| format!(" = {:.0} % of the {of}", 100.0 * rate / limit));
         println!("{id}: {:.1} {unit}{share}\n", rate / 1e9);
-        Some(median)
+        Some(())
     }
 }
 

@@ -3,6 +3,7 @@
 #![allow(dead_code)] // No bench uses all of it.
 
 pub mod pair;
+pub mod step;
 
 use c2c::{
     backend::{DType, Precision, Queue, Tensor},

@@ -114,7 +114,7 @@ impl Pair {
 }
 
 /// Untrained, with every layer's receiver columns reading the aligned sharer layer's.
-fn fuser(
+pub fn fuser(
     device: &Arc<dyn Backend>,
     receiver: &ModelConfig,
     sharer: &ModelConfig,

@@ -205,13 +205,18 @@ impl Adapter {
             (config.fan_in_fan_out, "`fan_in_fan_out` is set, which no known model needs"),
             (!config.rank_pattern.is_empty(), "`rank_pattern` is given, which is not built"),
             (!config.alpha_pattern.is_empty(), "`alpha_pattern` is given, which is not built"),
-            (config.bias.as_deref().is_some_and(|bias| bias != "none"), "`bias` is not `none`, which is not built"),
+            (
+                config.bias.as_deref().is_some_and(|bias| bias != "none"),
+                "`bias` is not `none`, which is not built",
+            ),
             (config.r == 0, "`r` is 0"),
         ];
         if let Some((_, problem)) = refused.into_iter().find(|(refused, _)| *refused) {
             return Err(bad(problem.into()));
         }
-        let base = config.base_model_name_or_path.ok_or_else(|| bad("`base_model_name_or_path` is missing".into()))?;
+        let base = config
+            .base_model_name_or_path
+            .ok_or_else(|| bad("`base_model_name_or_path` is missing".into()))?;
         let rank = config.r;
         // With the one the scale is alpha / √rank.
         let alpha = config.lora_alpha * if config.use_rslora { (rank as f64).sqrt() } else { 1.0 };
@@ -232,7 +237,10 @@ impl Adapter {
             ))
         })?;
         if Adapter::is_at(&found) {
-            return Err(bad(format!("its base, {}, is an adapter itself: merge that one first", found.display())));
+            return Err(bad(format!(
+                "its base, {}, is an adapter itself: merge that one first",
+                found.display()
+            )));
         }
         Ok(found)
     }
@@ -316,7 +324,8 @@ impl Adapter {
             ops::linear_backward_input(&queue, &b, &a, Precision::F32, true, &sum)?;
             *matrix = match matrix.dtype() {
                 DType::Bf16 => {
-                    let values: Vec<bf16> = queue.download_f32(&sum)?.into_iter().map(bf16::from_f32).collect();
+                    let values: Vec<bf16> =
+                        queue.download_f32(&sum)?.into_iter().map(bf16::from_f32).collect();
                     queue.tensor(&values, &[outputs, inputs], "merged weights")?
                 }
                 dtype => {
@@ -345,8 +354,8 @@ fn widened_copy(queue: &Queue, matrix: &Tensor) -> Result<Tensor, Error> {
 /// Every pair of factors in a file, by layer and target.
 fn read_factors(path: &Path, rank: usize) -> Result<Vec<Factors>, Error> {
     let bytes = cpu::map_file(path).map_err(|source| Error::Io { path: path.into(), source })?;
-    let file =
-        SafeTensors::deserialize(&bytes).map_err(|source| Error::Safetensors { path: path.into(), source })?;
+    let file = SafeTensors::deserialize(&bytes)
+        .map_err(|source| Error::Safetensors { path: path.into(), source })?;
     let mut found: BTreeMap<(usize, LoraTarget), [Option<Vec<f32>>; 2]> = BTreeMap::new();
     for (name, tensor) in file.iter() {
         let Some((layer, target, second)) = parse(name) else {
@@ -359,7 +368,8 @@ fn read_factors(path: &Path, rank: usize) -> Result<Vec<Factors>, Error> {
         let shape = tensor.shape();
         let own_rank = if second { shape.last() } else { shape.first() };
         if shape.len() != 2 || own_rank != Some(&rank) {
-            let expected = if second { vec![shape[0], rank] } else { vec![rank, *shape.last().unwrap_or(&0)] };
+            let expected =
+                if second { vec![shape[0], rank] } else { vec![rank, *shape.last().unwrap_or(&0)] };
             let (path, name, found) = (path.into(), name.into(), shape.to_vec());
             return Err(Error::TensorShape { path, name, found, expected });
         }

@@ -139,8 +139,7 @@ impl Lora {
             let (inputs, rank) = (widest(|stack| stack.a.cols()), widest(|stack| stack.a.rows()));
             let alloc =
                 |width: usize| queue.backend().alloc(DType::F32, &[tokens * width], "adapters' activations");
-            self.room =
-                Some(Room { tokens, dropped: alloc(inputs)?, low: alloc(rank)?, dlow: alloc(rank)? });
+            self.room = Some(Room { tokens, dropped: alloc(inputs)?, low: alloc(rank)?, dlow: alloc(rank)? });
         }
         for stack in self.stacks() {
             for part in &stack.b.parts {
@@ -270,8 +269,7 @@ impl Lora {
         for layer in 0..config.layers {
             for (number, &target) in targets.iter().enumerate() {
                 let index = 2 * (layer * targets.len() + number);
-                let values =
-                    |index: usize| queue.download_f32(&parameters.view(Kept::Weights, index));
+                let values = |index: usize| queue.download_f32(&parameters.view(Kept::Weights, index));
                 let b = target.from_pairs(config, &values(index + 1)?);
                 factors.push(Factors { layer, target, a: values(index)?, b });
             }
@@ -310,8 +308,7 @@ impl Stack {
         let parts: Vec<LoraTarget> = parts.collect();
         let applied = |what: &str| -> Result<Vec<Tensor>, Error> {
             let alloc = |target: &LoraTarget| {
-                let tensor =
-                    queue.backend().alloc(DType::F32, &[target.shape(config)[0], width], what)?;
+                let tensor = queue.backend().alloc(DType::F32, &[target.shape(config)[0], width], what)?;
                 ops::zero(queue, &tensor)?;
                 Ok(tensor)
             };

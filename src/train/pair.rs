@@ -1,8 +1,8 @@
 //! One pass over a batch of samples that trains the fusers of a receiver and its sharers: both models are frozen.
 
 use super::{
-    BatchCache, Error, FuseRequest, FusedColumns, GateNoise, Labels, Learned, Piece, Recompute, Sample, SharerStore,
-    TrainedFuser, TrainingPass, gradient_pages,
+    BatchCache, Error, FuseRequest, FusedColumns, GateNoise, Labels, Learned, Piece, Recompute, Sample,
+    SharerStore, TrainedFuser, TrainingPass, gradient_pages,
 };
 use crate::{
     backend::{DType, Event, Queue, Tensor},
@@ -76,8 +76,9 @@ pub struct Phases {
     pub receiver: Duration,
     pub fuse: Duration,
     pub loss: Duration,
-    /// Receiver and fuser.
+    /// Of the receiver.
     pub backward: Duration,
+    pub fuse_backward: Duration,
 }
 
 /// Where a sample is cut: its prompt up to the end of the fused section, and the rest.
@@ -204,14 +205,16 @@ impl PairTrainer {
             learn,
         )?;
         let judged = queue.record();
-        if learn {
-            self.backward(&batch, &pass, &columns)?;
-        }
+        let fuser_passes = match learn {
+            true => self.backward(&batch, &pass, &columns)?,
+            false => Vec::new(),
+        };
         (self.pass, self.answer_tokens) = (Some(pass), batch.tokens);
         let end = queue.record();
         queue.synchronize()?;
 
         let spent = |to: &Event, from: &Event| to.elapsed_since(from).unwrap_or_default();
+        let fuse_backward = fuser_passes.iter().map(|[from, to]| spent(to, from)).sum();
         Ok(BatchReport {
             loss: losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / losses.len().max(1) as f64,
             labels: losses.len(),
@@ -222,7 +225,8 @@ impl PairTrainer {
                 receiver: spent(&prompted, &shared) + spent(&answered, &fused),
                 fuse: spent(&fused, &prompted),
                 loss: spent(&judged, &answered),
-                backward: spent(&end, &judged),
+                backward: spent(&end, &judged).saturating_sub(fuse_backward),
+                fuse_backward,
             },
         })
     }
@@ -419,18 +423,19 @@ impl PairTrainer {
         Ok(copies)
     }
 
+    /// Beginnings and ends of what the fusers' part of it was.
     fn backward(
         &mut self,
         batch: &crate::model::Batch,
         pass: &TrainingPass,
         columns: &[Option<FusedColumns>],
-    ) -> Result<(), Error> {
+    ) -> Result<Vec<[Event; 2]>, Error> {
         let queue = self.queue.clone();
         let pages = self.receiver_cache.kv.layers();
         let layers = pages.len();
         let fused: Vec<bool> =
             (0..layers).map(|l| columns.iter().flatten().any(|columns| columns.has(l))).collect();
-        let Some(lowest) = fused.iter().position(|&fused| fused) else { return Ok(()) };
+        let Some(lowest) = fused.iter().position(|&fused| fused) else { return Ok(Vec::new()) };
         let bytes = 4 * (pages[0].keys.elements() + pages[0].values.elements());
         let group = (GRADIENT_PAGES / bytes.max(1)).clamp(1, layers - lowest);
         if self.gradients.len() < group || self.gradients[0].blocks() < pages[0].blocks() {
@@ -442,6 +447,7 @@ impl PairTrainer {
         let dkv = |layer: usize| gradients[layer % group].clone();
         let (fusers, sequential) = (&self.fusers, self.mode == FusionMode::Sequential);
         let mut waiting: Vec<usize> = Vec::new();
+        let mut passes = Vec::new();
         pass.backward(
             &queue,
             &self.receiver,
@@ -460,12 +466,14 @@ impl PairTrainer {
                 if waiting.len() < group && layer > lowest {
                     return Ok(());
                 }
+                let begin = queue.record();
                 // In reverse: what a later sharer read was what an earlier one had left.
                 for (s, (fuser, columns)) in fusers.iter().zip(columns).enumerate().rev() {
                     if let Some(columns) = columns {
                         fuser.backward(&queue, columns, &waiting, dkv, sequential && s > 0)?;
                     }
                 }
+                passes.push([begin, queue.record()]);
                 waiting.clear();
                 Ok(())
             },
@@ -475,7 +483,7 @@ impl PairTrainer {
                 fuser.gates_backward(&queue, columns)?;
             }
         }
-        Ok(())
+        Ok(passes)
     }
 }
 

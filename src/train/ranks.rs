@@ -317,7 +317,8 @@ mod tests {
     fn another_configuration_is_turned_away_on_both_sides() {
         let port = port();
         let other = TrainConfig { seed: 1, ..TrainConfig::default() };
-        let worker = thread::spawn(move || Ranks::meet(&place(1, 2, port), &other, 0).err().unwrap().to_string());
+        let worker =
+            thread::spawn(move || Ranks::meet(&place(1, 2, port), &other, 0).err().unwrap().to_string());
         let lead = Ranks::meet(&place(0, 2, port), &TrainConfig::default(), 0).err().unwrap().to_string();
         assert!(lead.contains("rank 1: has another configuration"), "{lead}");
         assert!(worker.join().unwrap().contains("rank 0: has another configuration"));

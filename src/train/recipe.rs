@@ -4,8 +4,8 @@
 
 use super::{
     config::{
-        BatchSettings, DataSettings, FuserSettings, GateSettings, LengthSettings, LoraSettings, OptimizerSettings,
-        TooLong, TrainConfig, What,
+        BatchSettings, DataSettings, FuserSettings, GateSettings, LengthSettings, LoraSettings,
+        OptimizerSettings, TooLong, TrainConfig, What,
     },
     schedule::Schedule,
 };

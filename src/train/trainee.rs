@@ -1,8 +1,8 @@
 //! What is trained, with everything around it: the fusers of a pair, or a model.
 
 use super::{
-    Adamw, BatchReport, Batches, Control, DrawnNoise, Error, GateNoise, ModelTrainer, PairTrainer, Ranks, Recompute,
-    Run, Sample, SharerStore, TrainConfig, TrainedFuser,
+    Adamw, BatchReport, Batches, Control, DrawnNoise, Error, GateNoise, ModelTrainer, PairTrainer, Ranks,
+    Recompute, Run, Sample, SharerStore, TrainConfig, TrainedFuser,
     checkpoint::{State, Trained},
     config::{TooLong, What},
     exam::{Exam, Score},
@@ -40,10 +40,7 @@ pub enum Trainee {
         training: Training,
     },
     /// All of a model, or adapters beside it.
-    Model {
-        trainer: Box<ModelTrainer>,
-        tokenizer: Tokenizer,
-    },
+    Model { trainer: Box<ModelTrainer>, tokenizer: Tokenizer },
 }
 
 impl Trainee {

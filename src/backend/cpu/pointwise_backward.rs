@@ -251,15 +251,27 @@ vectorized! {
             lanes.iter_mut().zip(chunk).for_each(|(lane, &x)| *lane = larger(x, *lane));
         }
         let max = lanes.into_iter().fold(f32::NEG_INFINITY, larger);
-        let mut sum = 0.0f64;
-        for run in logits.chunks(RUN) {
-            sum += f64::from(sum_of(run, run, |x, _| exp(x - max)));
-        }
-        *loss = (sum.ln() - (f64::from(logits[label]) - f64::from(max))) as f32;
         let one_label = logits[label];
+        let kept = p.soft_cap == 0.0;
+        let mut sum = 0.0f64;
+        for run in logits.chunks_mut(RUN) {
+            sum += f64::from(if kept {
+                // Exponentials are most of the work: they stay in the logits' place.
+                run.iter_mut().for_each(|x| *x = exp(*x - max));
+                sum_of(run, run, |e, _| e)
+            } else {
+                sum_of(run, run, |x, _| exp(x - max))
+            });
+        }
+        *loss = (sum.ln() - (f64::from(one_label) - f64::from(max))) as f32;
         let inverse = (1.0 / sum) as f32;
+        if kept {
+            logits.iter_mut().for_each(|e| *e = *e * inverse * p.scale);
+            logits[label] = (exp(one_label - max) * inverse - 1.0) * p.scale;
+            return;
+        }
         // The derivative of cap · tanh(x / cap) is 1 − (its result / cap)².
-        let inverse_cap = if p.soft_cap > 0.0 { 1.0 / p.soft_cap } else { 0.0 };
+        let inverse_cap = 1.0 / p.soft_cap;
         let capped = |x: f32| p.scale * (1.0 - (x * inverse_cap) * (x * inverse_cap));
         for x in logits.iter_mut() {
             *x = exp(*x - max) * inverse * capped(*x);
