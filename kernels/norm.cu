@@ -72,7 +72,7 @@ template <typename T, Output OUTPUT> __device__ __forceinline__ void rms_norm(co
 }
 
 #define KERNEL(NAME, T, OUTPUT)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ RmsNormArgs a) {          \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ RmsNormArgs a) {               \
         rms_norm<T, OUTPUT>(a);                                                                                       \
     }
 KERNEL(rms_norm_f32, float, Output::Assign)

@@ -33,9 +33,11 @@ fn layout(structs: &Structs, name: &str) -> (Vec<(String, String, usize, usize)>
             Some(inner) => {
                 // An op's parameters are fields of their own in the kernel's struct.
                 let path = if ty.ends_with("Params") { String::new() } else { format!("{field}.") };
-                all.extend(inner.into_iter().map(|(name, ty, offset, count)| {
-                    (format!("{path}{name}"), ty, at + offset, count)
-                }));
+                all.extend(
+                    inner
+                        .into_iter()
+                        .map(|(name, ty, offset, count)| (format!("{path}{name}"), ty, at + offset, count)),
+                );
             }
         }
         end = at + bytes * count;
@@ -68,7 +70,10 @@ fn length(text: &str) -> usize {
 }
 
 /// `struct Name {` … `}` of a file, without comments: those that `wanted` picks.
-fn bodies<'a>(text: &'a str, wanted: impl Fn(&str) -> bool + 'a) -> impl Iterator<Item = (String, String)> + 'a {
+fn bodies<'a>(
+    text: &'a str,
+    wanted: impl Fn(&str) -> bool + 'a,
+) -> impl Iterator<Item = (String, String)> + 'a {
     let starts: Vec<usize> = text.match_indices("struct ").map(|(at, word)| at + word.len()).collect();
     starts.into_iter().filter_map(move |at| {
         let (name, rest) = text[at..].split_once(" {\n")?;

@@ -7,7 +7,7 @@ use super::super::{
     norm_backward,
 };
 use super::{
-    Block, FuseTrainingArgs, Half, Linear, FuseOperand, Plan, Rows, Which, Work, operands_each, saved_half,
+    Block, FuseOperand, FuseTrainingArgs, Half, Linear, Plan, Rows, Which, Work, operands_each, saved_half,
 };
 use crate::{
     backend::{DType, Precision, Tensor},
@@ -29,8 +29,10 @@ pub(super) struct Steps<'a> {
 
 impl<'a> Steps<'a> {
     pub(super) fn new(p: FuseTrainingParams, halves: Vec<Half<'a>>, o: &FuseOperands) -> Steps<'a> {
-        let lists =
-            halves.iter().map(|half| vec![FuseOperand { part: half.part, ..FuseOperand::default() }]).collect();
+        let lists = halves
+            .iter()
+            .map(|half| vec![FuseOperand { part: half.part, ..FuseOperand::default() }])
+            .collect();
         let args = FuseTrainingArgs {
             operands: o.scratch.address(),
             tokens: p.fuse.tokens,
@@ -75,7 +77,11 @@ impl<'a> Steps<'a> {
     pub(super) fn columns_from(&mut self, rows: Rows, column: usize) -> Rows {
         let starts: Vec<u64> = self.lists.iter().map(|list| list[rows.operand as usize].data).collect();
         for (list, start) in self.lists.iter_mut().zip(starts) {
-            list.push(FuseOperand { data: start + 4 * column as u64, dtype: dtype_code(DType::F32), part: 0 });
+            list.push(FuseOperand {
+                data: start + 4 * column as u64,
+                dtype: dtype_code(DType::F32),
+                part: 0,
+            });
         }
         Rows { operand: self.lists[0].len() as u32 - 1, ..rows }
     }

@@ -473,7 +473,8 @@ fn name(space: Space) -> &'static str {
 fn bank_conflicts(addresses: &Row, bytes: u64, lanes: u32) -> u64 {
     let words = bytes.div_ceil(4);
     let together = (LANES as u64 / words) as usize;
-    let phases = (0..LANES / together).map(|phase| lanes & (mask(together as u32) as u32) << (phase * together));
+    let phases =
+        (0..LANES / together).map(|phase| lanes & (mask(together as u32) as u32) << (phase * together));
     // Most often no bank is asked for two words.
     let alone = phases.clone().all(|lanes| {
         let mut by_banks = [u64::MAX; LANES];
