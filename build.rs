@@ -2,15 +2,17 @@
 //!
 //! nvcc is looked for in `NVCC`, `PATH`, `CUDA_HOME`, `CUDA_PATH`, the usual folders, and `target/nvcc`, where
 //! `scripts/nvcc.sh` puts it. Without nvcc the crate builds and asking for a CUDA device is an error; an nvcc that
-//! fails is a build error. Needs neither a GPU nor the network.
+//! fails is a build error. Needs neither a GPU nor the network. PTX whose source, headers and compiler are as they were is
+//! kept.
 
 use std::{
     env,
     error::Error,
     fmt::Write as _,
     fs,
+    hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -58,32 +60,59 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// As many at once as cargo allows this build.
+/// As many at once as cargo allows this build. Returns the PTX of each source.
 fn compile_all(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<Vec<PathBuf>> {
-    let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1).max(1);
+    const ARGS: [&str; 5] = ["-ptx", "-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr"];
+    let run = |args: &[&str]| {
+        let mut command = Command::new(nvcc);
+        command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    };
+    let cannot_run = |error| format!("cannot run {}: {error}", nvcc.display());
+    let version = run(&["--version"]).output().map_err(cannot_run)?.stdout;
     let mut all = Vec::new();
-    for group in sources.chunks(jobs) {
-        let running = group.iter().map(|source| {
-            let ptx = out.join(source.file_name().unwrap_or_default()).with_extension("ptx");
-            let mut command = Command::new(nvcc);
-            command.args(["-ptx", "-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr"]);
-            command.arg(format!("-arch={ARCH}")).arg("-o").arg(&ptx).arg(source);
-            command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
-            let child = command.spawn().map_err(|error| format!("cannot run {}: {error}", nvcc.display()))?;
-            Ok((source, ptx, child))
+    let mut stale = Vec::new();
+    for source in sources {
+        let ptx = out.join(source.file_name().unwrap_or_default()).with_extension("ptx");
+        let mut hasher = DefaultHasher::new();
+        (&version, ARGS, ARCH).hash(&mut hasher);
+        hash_source(source, &mut hasher)?;
+        let (made_from, stamp) = (hasher.finish().to_string(), ptx.with_extension("made-from"));
+        if !ptx.is_file() || fs::read_to_string(&stamp).ok().as_ref() != Some(&made_from) {
+            stale.push((source, ptx.clone(), stamp, made_from));
+        }
+        all.push(ptx);
+    }
+    let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1).max(1);
+    for group in stale.chunks(jobs) {
+        let running = group.iter().map(|kernel| {
+            let (source, ptx, ..) = kernel;
+            let mut command = run(&ARGS);
+            command.arg(format!("-arch={ARCH}")).arg("-o").arg(ptx).arg(source);
+            Ok((kernel, command.spawn().map_err(cannot_run)?))
         });
         for running in running.collect::<Vec<Result<_>>>() {
-            let (source, ptx, child) = running?;
+            let ((source, _, stamp, made_from), child) = running?;
             let output = child.wait_with_output()?;
             if !output.status.success() {
                 let said = String::from_utf8_lossy(&output.stderr).into_owned();
                 let said = said + &String::from_utf8_lossy(&output.stdout);
                 return Err(format!("{} does not compile:\n{said}", source.display()).into());
             }
-            all.push(ptx);
+            fs::write(stamp, made_from)?;
         }
     }
     Ok(all)
+}
+
+/// The text of a source and of every header of ours that it includes.
+fn hash_source(path: &Path, hasher: &mut impl Hasher) -> Result<()> {
+    let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    text.hash(hasher);
+    for header in text.lines().filter_map(|line| line.strip_prefix("#include \"")?.strip_suffix('"')) {
+        hash_source(&path.with_file_name(header), hasher)?;
+    }
+    Ok(())
 }
 
 /// Names of the kernels in a PTX file.

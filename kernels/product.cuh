@@ -66,7 +66,7 @@ struct ProductBf16 {
     template <typename T>
     static __device__ __forceinline__ void fill(const T& operand, uint32_t side, uint32_t depth, uint8_t* tile) {
         constexpr unsigned EACH = T::EACH, LINE = (T::BY_DEPTH ? SIDE : DEPTH) / EACH;
-#pragma unroll(EACH == 4 ? 4 : 1)
+#pragma unroll 1
         for (unsigned i = threadIdx.x; i < SIDE * DEPTH / EACH; i += THREADS) {
             const unsigned line = i / LINE, at = i % LINE * EACH;
             float v[EACH];
@@ -112,16 +112,13 @@ struct ProductBf16 {
     template <typename A, typename B>
     __device__ __forceinline__ void add(Tiles& shared, const A& a, uint32_t m, const B& b, uint32_t n, uint32_t depth) {
         auto& tiles = shared.of;
-        __syncthreads();  // Nobody reads the tiles of an earlier product any more.
-        if (depth > 0) fill(a, m, 0, tiles[0][0]), fill(b, n, 0, tiles[0][1]);
+        // One place fills and one multiplies: half of the code of a loop that begins with tiles filled before it.
 #pragma unroll 1
-        for (uint32_t at = 0, buffer = 0; at < depth; at += DEPTH, buffer ^= 1) {
-            __syncthreads();  // The tiles are there, and nobody reads the other buffer any more.
-            if (at + DEPTH < depth) {
-                fill(a, m, at + DEPTH, tiles[buffer ^ 1][0]);
-                fill(b, n, at + DEPTH, tiles[buffer ^ 1][1]);
-            }
-            multiply<A::BY_DEPTH, B::BY_DEPTH>(tiles[buffer][0], tiles[buffer][1]);
+        for (uint32_t at = 0, buffer = 0; at < depth + DEPTH; at += DEPTH, buffer ^= 1) {
+            // The tiles of the round before are there, and nobody reads these any more.
+            __syncthreads();
+            if (at < depth) fill(a, m, at, tiles[buffer][0]), fill(b, n, at, tiles[buffer][1]);
+            if (at > 0) multiply<A::BY_DEPTH, B::BY_DEPTH>(tiles[buffer ^ 1][0], tiles[buffer ^ 1][1]);
         }
     }
 

@@ -26,7 +26,7 @@ struct SampleRow {
 // NEEDS_HOST: the draw reaches past the k ranked tokens.
 enum Status : uint32_t { DRAWN = 0, NOT_A_NUMBER = 1, INFINITE = 2, NOTHING_POSSIBLE = 3, NEEDS_HOST = 4 };
 
-struct Sampled {
+struct SampledRow {
     // Sum of exp(x - max) over the row: log-sum-exp = max + ln(sum). 0 without `sums`.
     double sum;
     float max;
@@ -48,7 +48,7 @@ struct SampleArgs {
     uint32_t* nan;
     double* sums;
     // [rows]
-    Sampled* out;
+    SampledRow* out;
     // [rows, k], most probable first, (2^32 - 1, -inf) past the last; null where k is 0.
     uint32_t* top_ids;
     float* top_values;
@@ -335,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_draw(const __gri
     __shared__ double sum_scratch[WARPS];
     __shared__ float weights[MAX_K];
     const uint32_t row = blockIdx.x;
-    Sampled out = {};
+    SampledRow out = {};
     const uint64_t best = row_best(a, row, best_scratch);
     uint32_t nan = 0xffffffffu;
     double sum = 0;

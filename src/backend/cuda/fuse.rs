@@ -17,7 +17,7 @@ pub(super) const NORM_EPS: f32 = 1e-6;
 /// Twin of `FuseMatrix` in kernels/fuse.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
-struct Matrix {
+struct FuseMatrix {
     weights: u64,
     vector: u64,
     dtype: u32,
@@ -27,7 +27,7 @@ struct Matrix {
 /// Twin of `FuseProblem`.
 #[repr(C)]
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct Problem {
+struct FuseProblem {
     source: u64,
     target: u64,
     base: u64,
@@ -39,7 +39,7 @@ struct Problem {
 /// Twin of `FuseColumns` in kernels/columns.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Default, PartialEq)]
-pub(super) struct Columns {
+pub(super) struct FuseColumns {
     slots: u64,
     pub dtype: u32,
     pub width: u32,
@@ -70,11 +70,11 @@ pub(super) struct FuseArgs {
     z: u64,
     out: u64,
     weights: u64,
-    first: Columns,
-    second: Columns,
-    target: Columns,
-    base: Columns,
-    to: Columns,
+    first: FuseColumns,
+    second: FuseColumns,
+    target: FuseColumns,
+    base: FuseColumns,
+    to: FuseColumns,
     tokens: u32,
     rows: u32,
     cols: u32,
@@ -133,8 +133,8 @@ impl Layout {
             start
         };
         Layout {
-            matrices: part(problems * matrices_each * size_of::<Matrix>()),
-            problems: part(problems * size_of::<Problem>()),
+            matrices: part(problems * matrices_each * size_of::<FuseMatrix>()),
+            problems: part(problems * size_of::<FuseProblem>()),
             z: part(lines * hidden_stride * 4),
             rows: part(lines * hidden_stride * activation),
             inner: part(lines * inner_stride * activation),
@@ -214,7 +214,7 @@ fn ffn(block: &Ffn, epilogue: Epilogue) -> [Step<'_>; 3] {
 /// One half of one layer, its gate open.
 struct Half<'a> {
     projector: &'a Projector,
-    problem: Problem,
+    problem: FuseProblem,
 }
 
 /// # Panics
@@ -237,7 +237,7 @@ pub(super) fn fuse(p: FuseParams, extent: FuseExtent, o: &FuseOperands, processo
         for (projector, gate, pages) in halves_of_layer {
             let [source, target, base, out] = pages.map(Tensor::address);
             if gate != 0.0 {
-                let problem = Problem { source, target, base, out, gate, unused: 0 };
+                let problem = FuseProblem { source, target, base, out, gate, unused: 0 };
                 halves.push(Half { projector, problem });
             } else if (base, o.base_slots.address()) != (out, o.out_slots.address()) {
                 copies.push(copy(pages[2], pages[3], o));
@@ -260,18 +260,18 @@ fn copy(base: &Tensor, out: &Tensor, o: &FuseOperands) -> (Launch, CopySlotsArgs
     (launch, args)
 }
 
-/// Columns of the caches of a layer.
+/// FuseColumns of the caches of a layer.
 #[derive(PartialEq)]
 pub(super) struct Geometry {
-    pub source: Columns,
-    pub target: Columns,
-    pub base: Columns,
-    pub out: Columns,
+    pub source: FuseColumns,
+    pub target: FuseColumns,
+    pub base: FuseColumns,
+    pub out: FuseColumns,
 }
 
 impl Geometry {
     pub fn new(layer: &FuseLayer, o: &FuseOperands) -> Geometry {
-        let columns = |pages: &KvPages, slots: &Tensor| Columns {
+        let columns = |pages: &KvPages, slots: &Tensor| FuseColumns {
             slots: slots.address(),
             dtype: dtype_code(pages.keys.dtype()),
             width: pages.width() as u32,
@@ -308,18 +308,18 @@ fn grouped(
         assert_eq!(steps.len(), all[0].len(), "fuse: projectors of different kinds");
         assert!(steps.len() <= layout.matrices_each, "fuse: more products than planned");
         for (j, step) in steps.iter().enumerate() {
-            let at = layout.matrices + (i * layout.matrices_each + j) * size_of::<Matrix>();
-            table[at..at + size_of::<Matrix>()].copy_from_slice(bytemuck::bytes_of(&step.matrix()));
+            let at = layout.matrices + (i * layout.matrices_each + j) * size_of::<FuseMatrix>();
+            table[at..at + size_of::<FuseMatrix>()].copy_from_slice(bytemuck::bytes_of(&step.matrix()));
         }
-        let at = layout.problems + i * size_of::<Problem>();
-        table[at..at + size_of::<Problem>()].copy_from_slice(bytemuck::bytes_of(&halves[i].problem));
+        let at = layout.problems + i * size_of::<FuseProblem>();
+        table[at..at + size_of::<FuseProblem>()].copy_from_slice(bytemuck::bytes_of(&halves[i].problem));
     }
 
     let scratch = o.scratch.address();
     let [matrices, problems, z, rows, inner, weights] =
         [layout.matrices, layout.problems, layout.z, layout.rows, layout.inner, layout.weights]
             .map(|at| scratch + at as u64);
-    let rows_of = |stride: usize, width: u32| Columns {
+    let rows_of = |stride: usize, width: u32| FuseColumns {
         slots: 0,
         dtype: dtype_code(activation),
         width,
@@ -344,7 +344,7 @@ fn grouped(
         };
         let second = match step.x {
             X::SourceAndTarget | X::StagedAndTarget => geometry.target,
-            _ => Columns::default(),
+            _ => FuseColumns::default(),
         };
         // What C2C-C's stage makes waits where inner rows are kept: none are needed between.
         let (out, out_stride) = match (step.epilogue, step.product) {
@@ -393,8 +393,8 @@ fn grouped(
 }
 
 impl Step<'_> {
-    fn matrix(&self) -> Matrix {
-        let mut matrix = Matrix::default();
+    fn matrix(&self) -> FuseMatrix {
+        let mut matrix = FuseMatrix::default();
         let vector = match self.product {
             Some(weight) => {
                 let [part] = &weight.parts[..] else {
@@ -421,7 +421,7 @@ impl Step<'_> {
 impl FuseArgs {
     /// Whether x can be copied 16 bytes at a time.
     fn is_direct(&self) -> bool {
-        let direct = |c: &Columns| {
+        let direct = |c: &FuseColumns| {
             c.width == 0
                 || c.dtype == dtype_code(DType::Bf16) && c.width.is_multiple_of(8) && c.dim.is_multiple_of(8)
         };

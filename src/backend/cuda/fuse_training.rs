@@ -4,7 +4,7 @@ mod steps;
 
 use super::{
     Launch, dtype_code,
-    fuse::{Columns, Geometry},
+    fuse::{FuseColumns, Geometry},
     launch::KernelArgs,
     norm_backward,
 };
@@ -20,7 +20,7 @@ use steps::Steps;
 /// Twin of `FuseOperand` in kernels/fuse_training.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Default, bytemuck::Pod, bytemuck::Zeroable)]
-struct Operand {
+struct FuseOperand {
     data: u64,
     dtype: u32,
     part: u32,
@@ -53,9 +53,9 @@ pub(super) struct FuseTrainingArgs {
     block: u32,
     eps: f32,
     replaces_target: u32,
-    columns: Columns,
-    second: Columns,
-    third: Columns,
+    columns: FuseColumns,
+    second: FuseColumns,
+    third: FuseColumns,
 }
 
 // SAFETY: twin of `FuseTrainingArgs` in kernels/fuse_training.cu.
@@ -75,7 +75,7 @@ fn operands_each(e: &FuseExtent) -> usize {
 
 /// F32 elements that the table of operands takes.
 fn table_len(e: &FuseExtent) -> usize {
-    2 * e.layers * operands_each(e) * size_of::<Operand>() / 4
+    2 * e.layers * operands_each(e) * size_of::<FuseOperand>() / 4
 }
 
 fn staged(e: &FuseExtent) -> usize {
@@ -335,7 +335,7 @@ fn backward_of(
         dinner: s.scratch(extent.inner),
         partials: s.partials(most),
     };
-    let f32 = |mut columns: Columns| {
+    let f32 = |mut columns: FuseColumns| {
         columns.dtype = dtype_code(DType::F32);
         columns
     };

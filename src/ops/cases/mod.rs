@@ -1,15 +1,19 @@
 //! The one table of cases of every op: odd sizes, ratios of heads, edges of windows and pages, sequences of different lengths.
 //!
-//! Tests run each on two devices and compare; benches take the same builders in real sizes. Inputs are a function of the case
-//! alone; every operand lies between slack full of NaN, and outputs are NaN before they are written.
+//! Tests run each on two devices and compare; `benches/ops.rs` takes the same builders in the sizes of a real model. Inputs are a
+//! function of the case alone; every operand lies between slack full of NaN, and outputs are NaN before they are written.
 
 mod data;
+mod judge;
 mod table;
 mod training;
+mod work;
 
 pub use data::Made;
-pub use table::table;
+pub use judge::judge;
+pub use table::{table, timed};
 pub use training::TrainingCase;
+pub use work::Work;
 
 use super::*;
 use crate::backend::{self, Precision, Queue};
@@ -129,6 +133,13 @@ pub struct Run {
     pub rounded: bool,
 }
 
+impl Run {
+    pub const F32: Run = Run { precision: Precision::F32, rounded: false };
+    pub const FAST: Run = Run { precision: Precision::Fast, rounded: false };
+    /// What a plain implementation in bf16 computes: inputs, weights and outputs rounded, everything between in f32.
+    pub const PLAIN: Run = Run { precision: Precision::F32, rounded: true };
+}
+
 /// What went wrong in a case.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -158,6 +169,11 @@ impl Case {
         }
     }
 
+    /// Bytes that must move and operations that must be done, as docs/KERNELS.md says.
+    pub fn work(&self, queue: &Queue, run: Run) -> Work {
+        Work::of(self, queue.backend().activation_dtype(run.precision))
+    }
+
     /// Whether only a device that trains has the op.
     pub fn trains(&self) -> bool {
         matches!(self, Case::Training(_))
@@ -165,20 +181,27 @@ impl Case {
 
     /// Runs the op on `queue` and returns every output as f32.
     pub fn run(&self, queue: &Queue, run: Run) -> Result<Vec<Made>, Error> {
-        let mut data = Data::new(queue, run);
-        self.issue(&mut data, run.precision)?;
+        let mut prepared = self.prepare(queue, run)?;
+        prepared.issue()?;
         queue.synchronize()?;
-        data.outputs()
+        prepared.data.outputs()
     }
 
-    fn issue(&self, data: &mut Data, precision: Precision) -> Result<(), Error> {
+    /// Places the operands on the device.
+    pub fn prepare(&self, queue: &Queue, run: Run) -> Result<Prepared, Error> {
+        let mut data = Data::new(queue, run);
+        let op = self.op_on(&mut data, run.precision)?;
+        Ok(Prepared { data, op })
+    }
+
+    fn op_on(&self, data: &mut Data, precision: Precision) -> Result<Op, Error> {
         let queue = data.queue.clone();
-        match *self {
+        Ok(match *self {
             Case::Embed { dtype, vocab, hidden, tokens } => {
                 let table = data.matrix(dtype, vocab, hidden)?;
                 let ids: Vec<u32> = (0..tokens).map(|t| (t * 31 + vocab - 1) as u32 % vocab as u32).collect();
                 let (ids, out) = (data.indices(&ids)?, data.output("out", false, &[tokens, hidden])?);
-                embed(&queue, &ids, &table, 1.5, &out)?;
+                Box::new(move || embed(&queue, &ids, &table, 1.5, &out))
             }
             Case::RmsNorm { rows, cols, weight, output } => {
                 let (x, weight) = (data.float(&[rows, cols])?, data.vector(weight, cols)?);
@@ -186,7 +209,7 @@ impl Case {
                     NormOutput::Assign => data.output("out", true, &[rows, cols])?,
                     NormOutput::Add => data.accumulator("out", &[rows, cols])?,
                 };
-                rms_norm(&queue, &x, &weight, 1e-6, 1.0, output, &out)?;
+                Box::new(move || rms_norm(&queue, &x, &weight, 1e-6, 1.0, output, &out))
             }
             Case::Linear { pass, ref parts, cols, tokens, bias, accumulate } => {
                 let weight = data.weight(parts, cols, bias)?;
@@ -195,14 +218,14 @@ impl Case {
                     true => data.accumulator("out", &[tokens, weight.rows()])?,
                     false => data.output("out", true, &[tokens, weight.rows()])?,
                 };
-                linear(&queue, pass, &x, &weight, precision, accumulate, &out)?;
+                Box::new(move || linear(&queue, pass, &x, &weight, precision, accumulate, &out))
             }
             Case::LinearGlu { pass, dtype, width, cols, tokens, bias, activation } => {
                 let weight = data.weight(&[(dtype, width), (dtype, width)], cols, bias)?;
                 let x = data.activations(&[tokens, cols])?;
                 let scratch = data.scratch(Scratch::LinearGlu { tokens, width })?;
                 let out = data.output("out", true, &[tokens, width])?;
-                linear_glu(&queue, pass, &x, &weight, precision, activation, &scratch, &out)?;
+                Box::new(move || linear_glu(&queue, pass, &x, &weight, precision, activation, &scratch, &out))
             }
             Case::Rope { heads, kv_heads, head_dim, tokens, block_size, norm, interleaved } => {
                 let width = (heads + 2 * kv_heads) * head_dim;
@@ -225,7 +248,7 @@ impl Case {
                     norm_offset: 0.0,
                     interleaved: interleaved.into(),
                 };
-                rope_kv_write(&queue, p, &operands)?;
+                Box::new(move || rope_kv_write(&queue, p, &operands))
             }
             Case::Attention {
                 pass,
@@ -241,32 +264,48 @@ impl Case {
                 let shape =
                     AttentionShape { heads, kv_heads, head_dim, sequences, block_size, window, soft_cap };
                 let (p, operands, _) = shape.operands(data, pass)?;
-                paged_attention(&queue, p, &operands)?;
+                Box::new(move || paged_attention(&queue, p, &operands))
             }
             Case::GatherRows { rows, cols, taken } => {
                 let x = data.float(&[rows, cols])?;
                 let index: Vec<u32> = (0..taken).map(|i| ((i * 7 + rows - 1) % rows) as u32).collect();
                 let (index, out) = (data.indices(&index)?, data.output("out", false, &[taken, cols])?);
-                gather_rows(&queue, &x, &index, &out)?;
+                Box::new(move || gather_rows(&queue, &x, &index, &out))
             }
             Case::CopySlots { kv_heads, head_dim, block_sizes, tokens } => {
                 let [from_slots, to_slots] = block_sizes.map(|size| data.slots(tokens, size));
                 let from = data.pages(&from_slots, kv_heads, head_dim, block_sizes[0])?;
                 let to = data.pages_out("to", &to_slots, kv_heads, head_dim, block_sizes[1])?;
                 let (from_slots, to_slots) = (data.indices(&from_slots)?, data.indices(&to_slots)?);
-                copy_slots(&queue, &from, &from_slots, &to, &to_slots)?;
+                Box::new(move || copy_slots(&queue, &from, &from_slots, &to, &to_slots))
             }
             Case::SoftCap { elements } => {
                 let x = data.accumulator("x", &[elements])?;
-                soft_cap(&queue, 30.0, &x)?;
+                Box::new(move || soft_cap(&queue, 30.0, &x))
             }
             Case::Fuse(ref case) => {
                 let p = FuseParams { tokens: case.tokens as u32, precision, use_target: case.use_target };
-                fuse(&queue, p, &case.operands(data)?)?;
+                let (operands, _) = case.operands(data)?;
+                Box::new(move || fuse(&queue, p, &operands))
             }
-            Case::Training(ref case) => case.issue(data)?,
-        }
-        Ok(())
+            Case::Training(ref case) => case.op_on(data, precision)?,
+        })
+    }
+}
+
+/// A case whose operands are on a device.
+pub struct Prepared {
+    data: Data,
+    op: Op,
+}
+
+/// Issues a case's op.
+type Op = Box<dyn Fn() -> Result<(), ShapeError>>;
+
+impl Prepared {
+    /// Issues the op on its queue. What it changes in place it changes each time.
+    pub fn issue(&mut self) -> Result<(), ShapeError> {
+        (self.op)()
     }
 }
 
@@ -333,9 +372,17 @@ impl FuseCase {
         apart: false,
     };
 
-    fn operands(&self, data: &mut Data) -> Result<FuseOperands, Error> {
-        const BLOCK: usize = 16;
-        let (source_width, target_width) = (self.source.0 * self.source.1, self.target.0 * self.target.1);
+    const BLOCK: usize = 16;
+
+    fn extent(&self, first: &Projector) -> FuseExtent {
+        let [source, target] = [self.source, self.target].map(|(heads, dim)| heads * dim);
+        let extent = FuseExtent::new(first, source, target, self.target.0);
+        FuseExtent { layers: self.layers, tokens: self.tokens, ..extent }
+    }
+
+    /// And the slots of the target's and of the fused columns.
+    fn operands(&self, data: &mut Data) -> Result<(FuseOperands, [Vec<u32>; 2]), Error> {
+        const BLOCK: usize = FuseCase::BLOCK;
         let [source_slots, target_slots] = [0, 1].map(|_| data.slots(self.tokens, BLOCK));
         let out_slots = if self.apart { data.slots(self.tokens, BLOCK) } else { target_slots.clone() };
         let mut layers = Vec::new();
@@ -351,8 +398,8 @@ impl FuseCase {
                 (both.clone(), both)
             };
             layers.push(FuseLayer {
-                keys: Arc::new(self.projector(data, source_width, target_width)?),
-                values: Arc::new(self.projector(data, source_width, target_width)?),
+                keys: Arc::new(self.projector(data, false)?),
+                values: Arc::new(self.projector(data, false)?),
                 gates: self.gates,
                 source,
                 base: target.clone(),
@@ -360,55 +407,61 @@ impl FuseCase {
                 out,
             });
         }
-        let first = &layers[0].keys;
-        let extent = FuseExtent::new(first, source_width, target_width, self.target.0);
-        let extent = FuseExtent { layers: self.layers, tokens: self.tokens, ..extent };
-        Ok(FuseOperands {
+        let extent = self.extent(&layers[0].keys);
+        let operands = FuseOperands {
             layers,
             source_slots: data.indices(&source_slots)?,
             base_slots: data.indices(&target_slots)?,
             target_slots: data.indices(&target_slots)?,
             out_slots: data.indices(&out_slots)?,
             scratch: data.scratch(Scratch::Fuse(extent))?,
-        })
+        };
+        Ok((operands, [target_slots, out_slots]))
     }
 
-    fn projector(&self, data: &mut Data, source: usize, target: usize) -> Result<Projector, Error> {
-        let (hidden, dtype) = (self.hidden, self.weights);
-        let mut linear =
-            |rows: usize, cols: usize, bias: bool| data.weight(&[(dtype, rows)], cols, bias.then_some(dtype));
+    /// Weights, or F32 gradients of them that are added to.
+    fn projector(&self, data: &mut Data, grads: bool) -> Result<Projector, Error> {
+        let (source, target) = (self.source.0 * self.source.1, self.target.0 * self.target.1);
+        let (hidden, dtype, inner) = (self.hidden, self.weights, self.inner);
+        let linear = |data: &mut Data, rows: usize, cols: usize, bias: bool| -> Result<Weight, Error> {
+            if !grads {
+                return data.weight(&[(dtype, rows)], cols, bias.then_some(dtype));
+            }
+            let matrix = data.accumulator("gradient", &[rows, cols])?;
+            let bias = bias.then(|| data.accumulator("gradient", &[rows])).transpose()?;
+            Ok(Weight { parts: vec![WeightPart { matrix, bias }] })
+        };
+        let ffn = |data: &mut Data, width: usize, inner: usize| -> Result<Ffn, Error> {
+            let (w1, w2) = (linear(data, inner, width, false)?, linear(data, width, inner, false)?);
+            let norm = match grads {
+                true => data.accumulator("gradient", &[width])?,
+                false => data.vector(dtype, width)?,
+            };
+            Ok(Ffn { norm, w1, w2 })
+        };
         let source_stage = match self.stage {
             0 => None,
             stage => {
-                let (input, output) = (linear(stage, source, true)?, linear(target, stage, true)?);
-                let (w1, w2) = (linear(self.inner, stage, false)?, linear(stage, self.inner, false)?);
-                let norm = data.vector(dtype, stage)?;
-                Some(SourceStage { input, ffn: Ffn { norm, w1, w2 }, output })
+                let (input, output) =
+                    (linear(data, stage, source, true)?, linear(data, target, stage, true)?);
+                Some(SourceStage { input, ffn: ffn(data, stage, inner)?, output })
             }
         };
-        let mut ffn = |inner: usize| -> Result<Ffn, Error> {
-            let (w1, w2) = (
-                data.weight(&[(dtype, inner)], hidden, None)?,
-                data.weight(&[(dtype, hidden)], inner, None)?,
-            );
-            Ok(Ffn { norm: data.vector(dtype, hidden)?, w1, w2 })
+        let mlp1 = ffn(data, hidden, inner)?;
+        let blocks = (0..self.blocks).map(|_| ffn(data, hidden, inner)).collect::<Result<_, _>>()?;
+        let scalar = match self.scalar {
+            true => Some((ffn(data, hidden, hidden)?, linear(data, self.target.0, hidden, true)?)),
+            false => None,
         };
-        let mlp1 = ffn(self.inner)?;
-        let blocks = (0..self.blocks).map(|_| ffn(self.inner)).collect::<Result<_, _>>()?;
-        let scalar = self.scalar.then(|| ffn(hidden)).transpose()?;
         let staged = if self.stage > 0 { target } else { source };
         let input = staged + if self.use_target { target } else { 0 };
-        let scalar = match scalar {
-            Some(ffn) => Some((ffn, data.weight(&[(dtype, self.target.0)], hidden, Some(dtype))?)),
-            None => None,
-        };
         Ok(Projector {
             source_stage,
-            input: data.weight(&[(dtype, hidden)], input, Some(dtype))?,
+            input: linear(data, hidden, input, true)?,
             mlp1,
             scalar,
             blocks,
-            output: data.weight(&[(dtype, target)], hidden, Some(dtype))?,
+            output: linear(data, target, hidden, true)?,
         })
     }
 }

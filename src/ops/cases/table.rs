@@ -23,6 +23,80 @@ pub fn table() -> Vec<Case> {
     all
 }
 
+/// Every op in the sizes of a model like Qwen3-0.6B and a prompt of 512 tokens, trained on 256.
+pub fn timed() -> Vec<Case> {
+    const HIDDEN: usize = 1024;
+    let (heads, kv_heads, head_dim, block_size, tokens) = (16, 8, 128, 16, 512);
+    let (silu, bf16) = (Activation::Silu, DType::Bf16);
+    let linear = |pass, dtype, tokens| {
+        let parts = [heads, kv_heads, kv_heads].map(|heads| (dtype, heads * head_dim)).to_vec();
+        Case::Linear { pass, parts, cols: HIDDEN, tokens, bias: None, accumulate: false }
+    };
+    let glu = |pass, dtype, tokens| {
+        let (width, bias, activation) = (3072, None, silu);
+        Case::LinearGlu { pass, dtype, width, cols: HIDDEN, tokens, bias, activation }
+    };
+    let attention = |pass, sequences| {
+        let (window, soft_cap) = (0, 0.0);
+        Case::Attention { pass, heads, kv_heads, head_dim, sequences, block_size, window, soft_cap }
+    };
+    let fuse = FuseCase {
+        source: (2, 64),
+        target: (kv_heads, head_dim),
+        hidden: HIDDEN,
+        inner: HIDDEN,
+        tokens: 256,
+        ..FuseCase::C2C
+    };
+    let norm = Some(bf16);
+    let training = [
+        TrainingCase::RmsNorm {
+            rows: 256,
+            cols: HIDDEN,
+            weight: bf16,
+            output: NormOutput::Add,
+            learns: true,
+        },
+        TrainingCase::Glu { tokens: 256, width: 3072, activation: silu },
+        TrainingCase::GluBackward { tokens: 256, width: 3072, activation: silu },
+        TrainingCase::Embed { vocab: 32_000, hidden: HIDDEN, tokens: 256 },
+        TrainingCase::Rope { heads, kv_heads, head_dim, tokens: 256, block_size, norm, interleaved: false },
+        TrainingCase::Attention(AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+            sequences: vec![(256, 256)],
+            block_size,
+            window: 0,
+            soft_cap: 0.0,
+        }),
+        TrainingCase::Linear { parts: vec![(bf16, 1024)], cols: HIDDEN, tokens: 256 },
+        TrainingCase::Fuse(FuseCase { tokens: 64, ..fuse.clone() }),
+        TrainingCase::CrossEntropy { rows: 64, vocab: 32_000, soft_cap: 0.0 },
+        TrainingCase::Adamw { len: 1 << 22 },
+        TrainingCase::SumOfSquares { len: 1 << 22 },
+    ];
+    let mut all = vec![
+        Case::Embed { dtype: DType::Q8_0, vocab: 32_000, hidden: HIDDEN, tokens },
+        Case::RmsNorm { rows: tokens, cols: HIDDEN, weight: bf16, output: NormOutput::Assign },
+        linear(Pass::Prefill, bf16, tokens),
+        linear(Pass::Prefill, DType::Q8_0, tokens),
+        linear(Pass::Decode, bf16, 1),
+        linear(Pass::Decode, DType::Q4K, 1),
+        glu(Pass::Prefill, bf16, tokens),
+        glu(Pass::Decode, DType::Q8_0, 1),
+        Case::Rope { heads, kv_heads, head_dim, tokens, block_size, norm, interleaved: false },
+        attention(Pass::Prefill, vec![(tokens, tokens)]),
+        attention(Pass::Decode, vec![(1, 2048); 8]),
+        Case::GatherRows { rows: tokens, cols: HIDDEN, taken: 64 },
+        Case::CopySlots { kv_heads, head_dim, block_sizes: [block_size; 2], tokens },
+        Case::SoftCap { elements: 1 << 20 },
+        Case::Fuse(fuse),
+    ];
+    all.extend(training.map(Case::Training));
+    all
+}
+
 fn pointwise(all: &mut Vec<Case>) {
     for dtype in matrices() {
         all.push(Case::Embed { dtype, vocab: 11, hidden: 256 + dtype.block_len(), tokens: 7 });
@@ -227,6 +301,10 @@ fn training(all: &mut Vec<Case>) {
     attention(16, 8, 128, &[(129, 140), (1, 5), (40, 40)], 16, 0, 0.0);
     attention(3, 1, 54, &[(9, 30)], 8, 10, 0.0);
     attention(4, 2, 32, &[(65, 65)], 1, 16, 20.0);
+    let parts = vec![(DType::Bf16, 65), (DType::F32, 9), (DType::Bf16, 30)];
+    push(TrainingCase::Linear { parts, cols: 96, tokens: 11 });
+    push(TrainingCase::Linear { parts: vec![(DType::Q4K, 70)], cols: 256, tokens: 65 });
+    push(TrainingCase::Fuse(FuseCase { tokens: 5, ..FuseCase::C2C }));
     for (rows, vocab, soft_cap) in [(1, 1, 0.0), (7, 54, 0.0), (5, 5000, 0.0), (3, 97, 30.0)] {
         push(TrainingCase::CrossEntropy { rows, vocab, soft_cap });
     }

@@ -1,7 +1,11 @@
 //! Cases of the ops of training.
 
-use super::{AttentionShape, Data, Error};
-use crate::{backend::DType, ops::*};
+use super::{AttentionShape, Data, Error, FuseCase, Op};
+use crate::{
+    backend::{DType, Precision},
+    ops::*,
+};
+use std::sync::Arc;
 
 /// Operands of one op of training in one size.
 #[derive(Clone, Debug)]
@@ -39,6 +43,15 @@ pub enum TrainingCase {
         interleaved: bool,
     },
     Attention(AttentionShape),
+    /// Both backward products of a stack of `parts`.
+    Linear {
+        /// Dtype and rows of each part.
+        parts: Vec<(DType, usize)>,
+        cols: usize,
+        tokens: usize,
+    },
+    /// Forward with a gate per token and head, then backward.
+    Fuse(FuseCase),
     CrossEntropy {
         rows: usize,
         vocab: usize,
@@ -67,6 +80,8 @@ impl TrainingCase {
             TrainingCase::Embed { .. } => "embed_backward",
             TrainingCase::Rope { .. } => "rope_backward",
             TrainingCase::Attention(_) => "attention_backward",
+            TrainingCase::Linear { .. } => "linear_backward",
+            TrainingCase::Fuse(_) => "fuse_backward",
             TrainingCase::CrossEntropy { .. } => "cross_entropy",
             TrainingCase::Adamw { .. } => "adamw",
             TrainingCase::SumOfSquares { .. } => "sum_of_squares",
@@ -74,9 +89,9 @@ impl TrainingCase {
         }
     }
 
-    pub(super) fn issue(&self, data: &mut Data) -> Result<(), Error> {
+    pub(super) fn op_on(&self, data: &mut Data, precision: Precision) -> Result<Op, Error> {
         let queue = data.queue.clone();
-        match *self {
+        Ok(match *self {
             TrainingCase::RmsNorm { rows, cols, weight, output, learns } => {
                 let (x, weight) = (data.float(&[rows, cols])?, data.vector(weight, cols)?);
                 let dy = data.float(&[rows, cols])?;
@@ -85,23 +100,27 @@ impl TrainingCase {
                     NormOutput::Add => data.accumulator("dx", &[rows, cols])?,
                 };
                 let dweight = learns.then(|| data.accumulator("dweight", &[cols])).transpose()?;
-                rms_norm_backward(&queue, &x, &weight, 1e-6, 1.0, &dy, output, &dx, dweight.as_ref())?;
+                Box::new(move || {
+                    rms_norm_backward(&queue, &x, &weight, 1e-6, 1.0, &dy, output, &dx, dweight.as_ref())
+                })
             }
             TrainingCase::Glu { tokens, width, activation } => {
                 let gate_up = data.activations(&[tokens, 2 * width])?;
-                glu(&queue, &gate_up, activation, &data.output("out", true, &[tokens, width])?)?;
+                let out = data.output("out", true, &[tokens, width])?;
+                Box::new(move || glu(&queue, &gate_up, activation, &out))
             }
             TrainingCase::GluBackward { tokens, width, activation } => {
                 let (gate_up, dout) =
                     (data.activations(&[tokens, 2 * width])?, data.float(&[tokens, width])?);
                 let dgate_up = data.output("dgate_up", false, &[tokens, 2 * width])?;
-                glu_backward(&queue, &gate_up, activation, &dout, &dgate_up)?;
+                Box::new(move || glu_backward(&queue, &gate_up, activation, &dout, &dgate_up))
             }
             TrainingCase::Embed { vocab, hidden, tokens } => {
                 // Fewer words than tokens: some come twice.
                 let ids: Vec<u32> = (0..tokens).map(|t| (t * t + vocab - 1) as u32 % vocab as u32).collect();
                 let (ids, dout) = (data.indices(&ids)?, data.float(&[tokens, hidden])?);
-                embed_backward(&queue, &ids, 1.5, &dout, &data.accumulator("dtable", &[vocab, hidden])?)?;
+                let dtable = data.accumulator("dtable", &[vocab, hidden])?;
+                Box::new(move || embed_backward(&queue, &ids, 1.5, &dout, &dtable))
             }
             TrainingCase::Rope { heads, kv_heads, head_dim, tokens, block_size, norm, interleaved } => {
                 let width = (heads + 2 * kv_heads) * head_dim;
@@ -131,7 +150,7 @@ impl TrainingCase {
                     norm_offset: 0.0,
                     interleaved: interleaved.into(),
                 };
-                rope_backward(&queue, p, &operands)?;
+                Box::new(move || rope_backward(&queue, p, &operands))
             }
             TrainingCase::Attention(ref shape) => {
                 let (p, forward, slots) = shape.operands(data, Pass::Prefill)?;
@@ -151,14 +170,29 @@ impl TrainingCase {
                         context,
                     })?,
                 };
-                attention_backward(&queue, p, &forward, &grads)?;
+                Box::new(move || attention_backward(&queue, p, &forward, &grads))
             }
+            TrainingCase::Linear { ref parts, cols, tokens } => {
+                let weight = data.weight(parts, cols, None)?;
+                let (x, dy) = (data.activations(&[tokens, cols])?, data.gradient(&[tokens, weight.rows()])?);
+                let dx = data.output("dx", false, &[tokens, cols])?;
+                let grad = |&(_, rows): &(DType, usize)| {
+                    let matrix = data.accumulator("gradient", &[rows, cols])?;
+                    Ok(WeightPart { matrix, bias: None })
+                };
+                let grads = Weight { parts: parts.iter().map(grad).collect::<Result<_, Error>>()? };
+                Box::new(move || {
+                    linear_backward_input(&queue, &dy, &weight, precision, false, &dx)?;
+                    linear_backward_weight(&queue, &dy, &x, precision, &grads)
+                })
+            }
+            TrainingCase::Fuse(ref case) => case.training(data, precision)?,
             TrainingCase::CrossEntropy { rows, vocab, soft_cap } => {
                 let logits = data.accumulator("logits", &[rows, vocab])?;
                 let label = |row: usize| if row % 4 == 2 { IGNORED } else { (row * 31 % vocab) as u32 };
                 let labels = data.indices(&(0..rows).map(label).collect::<Vec<u32>>())?;
                 let loss = data.output("loss", false, &[rows])?;
-                cross_entropy(&queue, &logits, &labels, 0.25, soft_cap, &loss)?;
+                Box::new(move || cross_entropy(&queue, &logits, &labels, 0.25, soft_cap, &loss))
             }
             TrainingCase::Adamw { len } => {
                 let p = AdamwParams {
@@ -174,11 +208,13 @@ impl TrainingCase {
                 };
                 let [weights, grad, m] = ["weights", "grad", "m"].map(|name| data.accumulator(name, &[len]));
                 let v = data.squares("v", len)?;
-                adamw(&queue, p, &weights?, &grad?, &m?, &v)?;
+                let (weights, grad, m) = (weights?, grad?, m?);
+                Box::new(move || adamw(&queue, p, &weights, &grad, &m, &v))
             }
             TrainingCase::SumOfSquares { len } => {
                 let x = data.float(&[len])?;
-                sum_of_squares(&queue, &x, &data.output("sum", false, &[1])?)?;
+                let sum = data.output("sum", false, &[1])?;
+                Box::new(move || sum_of_squares(&queue, &x, &sum))
             }
             TrainingCase::Dropout { rows, cols, accumulate } => {
                 let x = data.float(&[rows, cols])?;
@@ -187,9 +223,47 @@ impl TrainingCase {
                     false => data.output("out", false, &[rows, cols])?,
                 };
                 let p = DropoutParams { probability: 0.3, seed: 5 << 33 | 7, part: 9, step: 4, accumulate };
-                dropout(&queue, p, &x, &out)?;
+                Box::new(move || dropout(&queue, p, &x, &out))
             }
+        })
+    }
+}
+
+impl FuseCase {
+    fn training(&self, data: &mut Data, precision: Precision) -> Result<Op, Error> {
+        let queue = data.queue.clone();
+        let (forward, [target_slots, out_slots]) = self.operands(data)?;
+        let extent = self.extent(&forward.layers[0].keys);
+        let (tokens, (kv_heads, head_dim), block) = (self.tokens, self.target, FuseCase::BLOCK);
+        let mut tapes = Vec::new();
+        let mut grads = Vec::new();
+        for layer in 0..self.layers {
+            tapes.push(FuseTape {
+                layer: layer as u32,
+                gates: data.float(&[2, tokens, kv_heads])?,
+                saved: data.scratch(Scratch::FuseSaved(FuseExtent { layers: 1, ..extent }))?,
+            });
+            grads.push(FuseGrads {
+                keys: Arc::new(self.projector(data, true)?),
+                values: Arc::new(self.projector(data, true)?),
+                dout: data.float_pages(&out_slots, kv_heads, head_dim, block)?,
+                dtarget: Some(data.float_pages_in_out(
+                    "dtarget",
+                    &target_slots,
+                    kv_heads,
+                    head_dim,
+                    block,
+                )?),
+                dgates: data.output("dgates", false, &[2, tokens, kv_heads])?,
+            });
         }
-        Ok(())
+        let scratch = data.scratch(Scratch::FuseBackward(extent))?;
+        let backward = FuseOperands { scratch, ..forward.clone() };
+        let fuse = FuseParams { tokens: tokens as u32, precision, use_target: self.use_target };
+        let p = FuseTrainingParams { fuse, dropout: 0.1, seed: 3, step: 2 };
+        Ok(Box::new(move || {
+            fuse_forward(&queue, p, &forward, &tapes)?;
+            fuse_backward(&queue, p, &backward, &tapes, &grads)
+        }))
     }
 }

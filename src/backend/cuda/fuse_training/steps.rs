@@ -2,12 +2,12 @@
 
 use super::super::{
     Launch, dtype_code,
-    fuse::{Columns, NORM_EPS},
+    fuse::{FuseColumns, NORM_EPS},
     linear_backward::SIDE,
     norm_backward,
 };
 use super::{
-    Block, FuseTrainingArgs, Half, Linear, Operand, Plan, Rows, Which, Work, operands_each, saved_half,
+    Block, FuseOperand, FuseTrainingArgs, Half, Linear, Plan, Rows, Which, Work, operands_each, saved_half,
 };
 use crate::{
     backend::{DType, Precision, Tensor},
@@ -18,7 +18,7 @@ use crate::{
 pub(super) struct Steps<'a> {
     pub(super) p: FuseTrainingParams,
     pub(super) halves: Vec<Half<'a>>,
-    pub(super) lists: Vec<Vec<Operand>>,
+    pub(super) lists: Vec<Vec<FuseOperand>>,
     pub(super) launches: Vec<(Launch, FuseTrainingArgs)>,
     /// What all launches have in common.
     pub(super) args: FuseTrainingArgs,
@@ -29,8 +29,10 @@ pub(super) struct Steps<'a> {
 
 impl<'a> Steps<'a> {
     pub(super) fn new(p: FuseTrainingParams, halves: Vec<Half<'a>>, o: &FuseOperands) -> Steps<'a> {
-        let lists =
-            halves.iter().map(|half| vec![Operand { part: half.part, ..Operand::default() }]).collect();
+        let lists = halves
+            .iter()
+            .map(|half| vec![FuseOperand { part: half.part, ..FuseOperand::default() }])
+            .collect();
         let args = FuseTrainingArgs {
             operands: o.scratch.address(),
             tokens: p.fuse.tokens,
@@ -47,7 +49,7 @@ impl<'a> Steps<'a> {
     pub(super) fn operand(&mut self, of: impl Fn(&Half<'a>) -> (u64, DType)) -> u32 {
         for (list, half) in self.lists.iter_mut().zip(&self.halves) {
             let (data, dtype) = of(half);
-            list.push(Operand { data, dtype: dtype_code(dtype), part: 0 });
+            list.push(FuseOperand { data, dtype: dtype_code(dtype), part: 0 });
         }
         self.lists[0].len() as u32 - 1
     }
@@ -75,7 +77,11 @@ impl<'a> Steps<'a> {
     pub(super) fn columns_from(&mut self, rows: Rows, column: usize) -> Rows {
         let starts: Vec<u64> = self.lists.iter().map(|list| list[rows.operand as usize].data).collect();
         for (list, start) in self.lists.iter_mut().zip(starts) {
-            list.push(Operand { data: start + 4 * column as u64, dtype: dtype_code(DType::F32), part: 0 });
+            list.push(FuseOperand {
+                data: start + 4 * column as u64,
+                dtype: dtype_code(DType::F32),
+                part: 0,
+            });
         }
         Rows { operand: self.lists[0].len() as u32 - 1, ..rows }
     }
@@ -136,7 +142,7 @@ impl<'a> Steps<'a> {
         self.launch(kernel, (m.div_ceil(SIDE), n.div_ceil(SIDE)), block, args);
     }
 
-    pub(super) fn gather(&mut self, pages: u32, columns: Columns, out: Rows) {
+    pub(super) fn gather(&mut self, pages: u32, columns: FuseColumns, out: Rows) {
         let args =
             FuseTrainingArgs { x: pages, columns, out: out.operand, out_stride: out.stride, ..self.args };
         self.by_token("fuse_training_gather", args);

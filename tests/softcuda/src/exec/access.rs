@@ -390,21 +390,22 @@ impl Runner<'_, '_> {
 
     /// Puts the bytes of copies in place: all but the `newest` groups, or all, committed or not.
     pub fn finish_copies(&mut self, lanes: u32, newest: Option<u32>) {
-        let copies = std::mem::take(&mut self.warp.copies);
-        for copy in copies {
+        let mut copies = std::mem::take(&mut self.warp.copies);
+        copies.retain(|copy| {
             let done = match (newest, copy.group) {
                 (None, _) => true,
                 (Some(newest), Some(group)) => group.saturating_add(newest) < self.warp.committed[copy.lane],
                 (Some(_), None) => false,
             };
             if lanes >> copy.lane & 1 == 0 || !done {
-                self.warp.copies.push(copy);
-                continue;
+                return true;
             }
             let by = accessor(self.grid, self.block, self.shared.time, self.warp, copy.lane);
             self.shared.shadow.end_copy(copy.to, copy.bytes, &by);
             self.shared.bytes[copy.to..copy.to + copy.bytes].copy_from_slice(&copy.data[..copy.bytes]);
-        }
+            false
+        });
+        self.warp.copies = copies;
     }
 
     pub fn load_matrix(
@@ -471,26 +472,28 @@ fn name(space: Space) -> &'static str {
 /// bytes go by half and quarter warps; lanes that want the same word share it.
 fn bank_conflicts(addresses: &Row, bytes: u64, lanes: u32) -> u64 {
     let words = bytes.div_ceil(4);
-    if words == 1 {
-        // Most often no bank is asked for two words.
-        let mut by_bank = [u64::MAX; 32];
-        let alone = each(lanes).all(|lane| {
-            let word = addresses[lane] / 4;
-            let wanted = &mut by_bank[(word % 32) as usize];
-            let same = *wanted == u64::MAX || *wanted == word;
-            *wanted = word;
-            same
-        });
-        if alone {
-            return 0;
-        }
-    }
     let together = (LANES as u64 / words) as usize;
+    let phases =
+        (0..LANES / together).map(|phase| lanes & (mask(together as u32) as u32) << (phase * together));
+    // Most often no bank is asked for two words.
+    let alone = phases.clone().all(|lanes| {
+        let mut by_banks = [u64::MAX; LANES];
+        each(lanes).all(|lane| {
+            let place = addresses[lane] / (4 * words);
+            let wanted = &mut by_banks[place as usize % together];
+            let same = *wanted == u64::MAX || *wanted == place;
+            *wanted = place;
+            same
+        })
+    });
+    if alone {
+        return 0;
+    }
     let mut extra = 0;
-    for phase in 0..LANES / together {
+    for lanes in phases {
         let mut wanted = [0u64; LANES];
         let mut found = 0;
-        for lane in each(lanes & (mask(together as u32) as u32) << (phase * together)) {
+        for lane in each(lanes) {
             for word in 0..words {
                 wanted[found] = addresses[lane] / 4 + word;
                 found += 1;

@@ -13,7 +13,8 @@ use crate::exec::{Access, Problem};
 
 /// Bytes of a chunk: one cell until an access needs finer ones.
 const CHUNK: usize = 4096;
-const WORD: u32 = 2;
+/// Of the largest cells that an access makes: 16 bytes, the most that a thread moves at a time.
+const COARSE: u32 = 4;
 
 const NOBODY: u32 = u32::MAX;
 /// How many answers of `happens_before` are remembered.
@@ -411,13 +412,13 @@ impl Shadow {
         }
     }
 
-    /// The cells of an access of whole words, where its chunk has a cell for each word.
+    /// The cells of an access that lies in one chunk and covers whole cells of it.
     #[inline(always)]
-    fn words(&mut self, from: usize, bytes: usize) -> Option<&mut [State]> {
+    fn cells(&mut self, from: usize, bytes: usize) -> Option<&mut [State]> {
         let chunk = self.chunks.get_mut(from / CHUNK)?;
-        let start = from % CHUNK;
-        let whole = (from | bytes).is_multiple_of(1 << WORD) && start + bytes <= CHUNK && chunk.grain == WORD;
-        if whole { chunk.cells.get_mut(start >> WORD..(start + bytes) >> WORD) } else { None }
+        let (start, end) = (from % CHUNK, from % CHUNK + bytes);
+        let whole = (start | end).trailing_zeros() >= chunk.grain && end <= CHUNK;
+        if whole { chunk.cells.get_mut(start >> chunk.grain..end >> chunk.grain) } else { None }
     }
 
     /// Calls `each` with the cells of a range and the offset of their first byte.
@@ -433,7 +434,7 @@ impl Shadow {
             let (start, stop) = (at % CHUNK, (end - at + at % CHUNK).min(CHUNK));
             let fine = ((start | stop) as u32 | 1 << 12).trailing_zeros();
             if fine < chunk.grain {
-                chunk.split(fine.min(WORD));
+                chunk.split(fine.min(COARSE));
             }
             let grain = chunk.grain;
             let base = at - start;
@@ -455,7 +456,7 @@ impl Shadow {
         sets: &mut Sets,
     ) -> Result<(), (usize, Finding)> {
         if used == u32::MAX
-            && let Some(cells) = self.words(from, bytes)
+            && let Some(cells) = self.cells(from, bytes)
             && cells.iter_mut().all(|cell| by.read_quickly(cell))
         {
             return Ok(());
@@ -485,7 +486,7 @@ impl Shadow {
         sets: &Sets,
     ) -> Result<(), (usize, Finding)> {
         if !atomic
-            && let Some(cells) = self.words(from, bytes)
+            && let Some(cells) = self.cells(from, bytes)
             && cells.iter_mut().all(|cell| by.write_quickly(cell))
         {
             return Ok(());
@@ -529,17 +530,24 @@ impl Shadow {
         sets: &Sets,
     ) -> Result<(), (usize, Finding)> {
         self.write(from, bytes, false, by, sets)?;
-        self.visit(from, bytes, |cell, _, _| {
-            cell.pending = true;
-            Ok(())
-        })
+        self.mark(from, bytes, |cell| cell.pending = true);
+        Ok(())
     }
 
     /// The bytes are there, for the thread that waited.
     pub fn end_copy(&mut self, from: usize, bytes: usize, by: &Accessor) {
-        let done: Result<(), std::convert::Infallible> = self.visit(from, bytes, |cell, _, _| {
+        self.mark(from, bytes, |cell| {
             cell.pending = false;
             cell.writing = by.writing(false);
+        });
+    }
+
+    fn mark(&mut self, from: usize, bytes: usize, mut change: impl FnMut(&mut State)) {
+        if let Some(cells) = self.cells(from, bytes) {
+            return cells.iter_mut().for_each(change);
+        }
+        let done: Result<(), std::convert::Infallible> = self.visit(from, bytes, |cell, _, _| {
+            change(cell);
             Ok(())
         });
         let Ok(()) = done;
@@ -549,7 +557,9 @@ impl Shadow {
 impl Chunk {
     fn split(&mut self, grain: u32) {
         let each = 1 << (self.grain - grain);
-        self.cells = self.cells.iter().flat_map(|&cell| std::iter::repeat_n(cell, each)).collect();
+        let mut cells = Vec::with_capacity(self.cells.len() * each);
+        self.cells.iter().for_each(|&cell| cells.extend(std::iter::repeat_n(cell, each)));
+        self.cells = cells;
         self.grain = grain;
     }
 }
