@@ -260,7 +260,7 @@ fn copy(base: &Tensor, out: &Tensor, o: &FuseOperands) -> (Launch, CopySlotsArgs
     (launch, args)
 }
 
-/// FuseColumns of the caches of a layer.
+/// Where the columns of a layer lie.
 #[derive(PartialEq)]
 pub(super) struct Geometry {
     pub source: FuseColumns,
