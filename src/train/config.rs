@@ -33,6 +33,9 @@ pub struct TrainConfig {
     /// How several sharers meet: `sequential` (default) or `parallel`.
     #[serde(with = "names::text")]
     pub multi_sharer: FusionMode,
+    /// Fuse the tokens of the answer too, as `generate --include-response` does; `false` by default.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub include_response: bool,
     /// Folder for checkpoints, log and report; `runs/train` by default.
     pub out: PathBuf,
     /// Keep the sharers' caches in this folder, so that only the first epoch computes them. Not kept by default.
@@ -83,6 +86,7 @@ impl Default for TrainConfig {
             sharers: Vec::new(),
             alignment: Alignment::default(),
             multi_sharer: FusionMode::default(),
+            include_response: false,
             out: "runs/train".into(),
             cache_sharer: None,
             seed: 42,

@@ -60,6 +60,11 @@ pub enum Error {
     TooLong { origin: String, tokens: usize, most: usize },
     #[error("no sample is left to learn from")]
     NoSamples,
+    #[error(
+        "include_response lets the sharer read the answer as the receiver's ids, and the vocabulary of {sharer} is another: \
+         give a sharer with the receiver's tokenizer, or alignment = \"none\" to let it read those ids whatever they mean to it"
+    )]
+    ResponseVocabulary { sharer: String },
     #[error("{what} is not built yet")]
     NotBuilt { what: &'static str },
     #[error("{device} cannot train: use --device cpu")]

@@ -9,7 +9,7 @@ use super::{
     run::Watcher,
 };
 use crate::{
-    align::Aligner,
+    align::{Aligner, Alignment},
     backend::{Backend, DType, Precision, Queue},
     builtin,
     data::Example,
@@ -118,6 +118,14 @@ impl Trainee {
             config.fuser.dropout as f32,
             config.seed,
         )?;
+        if config.include_response {
+            let ours = receiver.party().tokenizer;
+            let other = sharers.iter().find(|sharer| sharer.party().tokenizer != ours);
+            if let Some(sharer) = other.filter(|_| config.alignment != Alignment::None) {
+                return Err(Error::ResponseVocabulary { sharer: sharer.path.display().to_string() });
+            }
+            pair.include_response = true;
+        }
         if let Some(folder) = &config.cache_sharer {
             let open = |sharer: &Model| SharerStore::open(folder, sharer, precision, kv);
             pair.stores = sharers.iter().map(open).collect::<Result<_, _>>()?;
@@ -132,7 +140,7 @@ impl Trainee {
             Trainee::Fuser { aligner, .. } => {
                 let sample = Sample::chat(aligner, &example.messages, &origin)?;
                 PairTrainer::check(&sample)?;
-                sample
+                if config.include_response { sample.including_response()? } else { sample }
             }
             Trainee::Model { tokenizer, .. } => Sample::alone(tokenizer, &example.messages, &origin)?,
         };
