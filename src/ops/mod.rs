@@ -8,6 +8,7 @@ mod attention;
 pub mod cases;
 mod embed;
 mod fuse;
+mod fuse_baseline;
 mod fuse_training;
 mod gather;
 mod glu;
@@ -25,6 +26,10 @@ pub use attention::{
 pub use embed::{EmbedParams, embed, embed_backward};
 pub(crate) use fuse::FUSE_CHUNK;
 pub use fuse::{Ffn, FuseExtent, FuseLayer, FuseOperands, FuseParams, Projector, SourceStage, fuse};
+pub use fuse_baseline::{
+    AllInOne, Baseline, BaselineLayer, BaselineOperands, Factor, Features, Granularity, LinearMap, Mlp,
+    MlpLayer, Nonlinearity, SelfTerm, fuse_baseline,
+};
 pub use fuse_training::{FuseGrads, FuseTape, FuseTrainingParams, dropout_part, fuse_backward, fuse_forward};
 pub use gather::{KvPages, MAX_HEAD_DIM, copy_slots, gather_rows};
 pub use glu::{Activation, GluParams, glu, glu_backward, linear_glu, soft_cap};

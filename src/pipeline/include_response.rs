@@ -16,7 +16,7 @@ use crate::{
     align::{Alignment, Section},
     backend::{DType, Event, Queue, Tensor},
     cache::BlockTable,
-    fuser::{FuseCall, FusionMode, LayerCall},
+    fuser::{FuseCall, FusionMode, LayerCall, Positions},
     model::Goal,
     ops,
 };
@@ -158,20 +158,23 @@ impl ResponseLink {
                 let (from, to) = (&self.clean.kv.layers()[layer], &self.link.receiver.kv.layers()[layer]);
                 ops::copy_slots(&self.queue, from, &clean.slots, to, &slots)?;
             }
-            self.fuse(group.clone(), &sharers, &clean.slots, &slots)?;
+            self.fuse(group.clone(), &sharers, &clean.slots, &slots, positions, &theirs)?;
             fused.extend(group.map(|_| self.queue.record()));
         }
         let aside = &self.aside[..ids.len()];
         self.link.receiver.pass_over(positions, aside, |queue, layer| queue.wait(&fused[layer]))
     }
 
-    /// Fuses the receiver's columns at `slots`, which are copies of the clean ones at `clean`, in layers `layers`.
+    /// Fuses the receiver's columns at `slots` and `positions`, which are copies of the clean ones at `clean`, in layers
+    /// `layers`.
     fn fuse(
         &self,
         layers: Range<usize>,
         sharers: &[Columns],
         clean: &Tensor,
         slots: &Tensor,
+        positions: &[u32],
+        theirs: &[Vec<u32>],
     ) -> Result<(), Error> {
         let link = &self.link;
         let several = sharers.len() > 1 && link.mode == FusionMode::Parallel;
@@ -204,7 +207,8 @@ impl ResponseLink {
                 scratch: &self.scratch,
                 precision: link.receiver.decoder.precision,
             };
-            fuser.issue(&self.queue, call)?;
+            let positions = Positions { source: &theirs[s], target: positions };
+            fuser.issue_at(&self.queue, call, positions)?;
         }
         Ok(())
     }

@@ -126,9 +126,9 @@ pub enum What {
 pub struct FuserSettings {
     /// Go on with these fusers' weights, one for each sharer; the other keys but `dropout` then do not apply.
     pub checkpoints: Vec<PathBuf>,
-    /// `c2c` (default), `c2c-c` or `ablation:0` … `ablation:4`.
+    /// `c2c` (default), `c2c-c`, `latent` or `ablation:0` … `ablation:4`, which are trained; `ridge`, which is solved for.
     pub kind: Kind,
-    /// Width of the projector's residual stream; 1024 by default.
+    /// Width of the projector's residual stream, under `latent` of the latent; 1024 by default.
     pub hidden: usize,
     /// Inner width of its blocks; 1024 by default.
     pub intermediate: usize,
@@ -139,6 +139,15 @@ pub struct FuserSettings {
     pub mapping: LayerMapping,
     /// The part of a block's outputs that is zeroed in training; 0.1 by default.
     pub dropout: f64,
+    /// Under kind `ridge`: how much the map is held back, in parts of the inputs' mean variance; 0.01 by default.
+    #[serde(skip_serializing_if = "is_default_ridge")]
+    pub ridge_lambda: f64,
+}
+
+const RIDGE_LAMBDA: f64 = 0.01;
+
+fn is_default_ridge(lambda: &f64) -> bool {
+    *lambda == RIDGE_LAMBDA
 }
 
 impl Default for FuserSettings {
@@ -151,6 +160,7 @@ impl Default for FuserSettings {
             layers: 3,
             mapping: LayerMapping::LAST_ALIGNED,
             dropout: 0.1,
+            ridge_lambda: RIDGE_LAMBDA,
         }
     }
 }
@@ -426,7 +436,7 @@ impl TrainConfig {
         }
         let OptimizerSettings { learning_rate, warmup_ratio, weight_decay, betas, epsilon, clip, .. } =
             self.optimizer;
-        let ranges: [(&'static str, f64, bool, &str); 12] = [
+        let ranges: [(&'static str, f64, bool, &str); 13] = [
             (
                 "train_ratio",
                 self.train_ratio,
@@ -438,6 +448,12 @@ impl TrainConfig {
                 self.fuser.dropout,
                 (0.0..1.0).contains(&self.fuser.dropout),
                 "0 or more, below 1",
+            ),
+            (
+                "fuser.ridge_lambda",
+                self.fuser.ridge_lambda,
+                self.fuser.ridge_lambda >= 0.0 && self.fuser.ridge_lambda.is_finite(),
+                "0 or more",
             ),
             (
                 "lora.dropout",

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     backend::{DType, Event, Queue, Tensor},
-    fuser::{FusionMode, LayerCall},
+    fuser::{FusionMode, LayerCall, Positions, RidgeFit},
     model::Decoder,
     ops::{self, IGNORED, KvPages},
     rng::normal,
@@ -377,6 +377,41 @@ impl PairTrainer {
         Ok(self.queue.tensor(slots, &[slots.len()], "slots")?)
     }
 
+    /// The columns of a batch that are fused with those of sharer `s`.
+    fn aligned(&self, samples: &[&Sample], cuts: &[Cut], s: usize) -> Aligned {
+        let mut all = Aligned::default();
+        for (i, (sample, cut)) in samples.iter().zip(cuts).enumerate() {
+            let own = &sample.prompt.sharers[s];
+            for token in self.fused_tokens(sample, cut, s) {
+                if let Some(Some(column)) = own.columns.get(token) {
+                    all.source.push(self.sharer_caches[s].slots[i][*column as usize]);
+                    all.target.push(self.receiver_cache.slots[i][token]);
+                    all.source_positions.push(own.positions[*column as usize]);
+                    all.target_positions.push(sample.prompt.positions[token]);
+                }
+            }
+        }
+        all
+    }
+
+    /// Shows each sharer's map what the caches of a batch have; the number of pairs of columns.
+    pub fn observe(&mut self, samples: &[&Sample], fits: &mut [RidgeFit]) -> Result<usize, Error> {
+        let cuts = samples.iter().map(|sample| cut(sample)).collect::<Result<Vec<Cut>, _>>()?;
+        self.read_sharers(samples)?;
+        self.read_receiver(samples, &cuts)?;
+        let mut pairs = 0;
+        for (s, fit) in fits.iter_mut().enumerate() {
+            let all = self.aligned(samples, &cuts, s);
+            pairs += all.source.len();
+            for (number, route) in fit.config().routes.clone().into_iter().enumerate() {
+                let theirs = self.sharer_caches[s].kv.read(&self.queue, route.sharer, &all.source)?;
+                let ours = self.receiver_cache.kv.read(&self.queue, route.receiver, &all.target)?;
+                fit.add(number, theirs, ours, all.positions());
+            }
+        }
+        Ok(pairs)
+    }
+
     /// Fuses every sharer's columns into the receiver's cache. The columns of [`Run::Learn`] are kept, one entry a sharer.
     fn fuse(
         &mut self,
@@ -390,20 +425,12 @@ impl PairTrainer {
         // Sharers in parallel all read the plain cache while the sum grows in place.
         let plain = several.then(|| self.plain_copies()).transpose()?;
         for (s, fuser) in self.fusers.iter().enumerate() {
-            let (mut source, mut target) = (Vec::new(), Vec::new());
-            for (i, (sample, cut)) in samples.iter().zip(cuts).enumerate() {
-                for token in self.fused_tokens(sample, cut, s) {
-                    if let Some(Some(column)) = sample.prompt.sharers[s].columns.get(token) {
-                        source.push(self.sharer_caches[s].slots[i][*column as usize]);
-                        target.push(self.receiver_cache.slots[i][token]);
-                    }
-                }
-            }
-            if source.is_empty() {
+            let all = self.aligned(samples, cuts, s);
+            if all.source.is_empty() {
                 kept.push(None);
                 continue;
             }
-            let (source, target) = (self.slots(&source)?, self.slots(&target)?);
+            let (source, target) = (self.slots(&all.source)?, self.slots(&all.target)?);
             let hard = fuser.hard_gates();
             let calls: Vec<LayerCall> = (0..live.len())
                 .filter_map(|layer| {
@@ -434,7 +461,7 @@ impl PairTrainer {
                     },
                 )?),
                 Run::Measure => {
-                    fuser.measure(&self.queue, &calls, &source, &target, precision)?;
+                    fuser.measure(&self.queue, &calls, &source, &target, all.positions(), precision)?;
                     None
                 }
             });
@@ -514,6 +541,21 @@ impl PairTrainer {
             }
         }
         Ok(())
+    }
+}
+
+/// Slots and rotary positions of columns that go together.
+#[derive(Default)]
+struct Aligned {
+    source: Vec<u32>,
+    target: Vec<u32>,
+    source_positions: Vec<u32>,
+    target_positions: Vec<u32>,
+}
+
+impl Aligned {
+    fn positions(&self) -> Positions<'_> {
+        Positions { source: &self.source_positions, target: &self.target_positions }
     }
 }
 

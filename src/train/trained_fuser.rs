@@ -3,12 +3,14 @@
 use super::{Adamw, Error, Kept, Parameters, config::Decay};
 use crate::{
     backend::{DType, Precision, Queue, Tensor},
-    fuser::{FuseCall, Fuser, FuserError, LayerCall, Training},
+    fuser::{FuseCall, Fuser, FuserError, LayerCall, Positions, Training},
     ops::{
-        self, FuseGrads, FuseLayer, FuseOperands, FuseParams, FuseTape, FuseTrainingParams, KvPages, Scratch,
+        self, FuseGrads, FuseLayer, FuseOperands, FuseParams, FuseTape, FuseTrainingParams, KvPages,
+        Projector, Scratch,
     },
     rng::{Purpose, Rng, Stream},
 };
+use std::sync::Arc;
 
 /// A gate's logit with its gradient and moments.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -148,12 +150,12 @@ impl TrainedFuser {
             }
             let gates = queue.tensor(&factors, &[2, tokens, kv_heads], "gates")?;
             let saved = backend.scratch_len(Scratch::FuseSaved(one));
-            let projector = &self.fuser.projectors()[route.projector];
+            let [keys, values] = halves(&self.fuser, route.projector)?;
             layers.push(FusedLayer {
                 layer: call.layer,
                 operands: FuseLayer {
-                    keys: projector.keys.clone(),
-                    values: projector.values.clone(),
+                    keys: keys.clone(),
+                    values: values.clone(),
                     gates: [1.0; 2],
                     source: call.source.clone(),
                     target: call.target.clone(),
@@ -200,11 +202,11 @@ impl TrainedFuser {
         let mut grads = Vec::new();
         for layer in &layers {
             let Some(route) = self.grads.route(layer.layer) else { continue };
-            let projector = &self.grads.projectors()[route.projector];
+            let [keys, values] = halves(&self.grads, route.projector)?;
             let pages = dkv(layer.layer);
             grads.push(FuseGrads {
-                keys: projector.keys.clone(),
-                values: projector.values.clone(),
+                keys: keys.clone(),
+                values: values.clone(),
                 dtarget: through.then(|| pages.clone()),
                 dout: pages,
                 dgates: layer.dgates.clone(),
@@ -244,6 +246,7 @@ impl TrainedFuser {
         layers: &[LayerCall],
         source_slots: &Tensor,
         target_slots: &Tensor,
+        positions: Positions,
         precision: Precision,
     ) -> Result<(), Error> {
         let backend = queue.backend();
@@ -258,7 +261,7 @@ impl TrainedFuser {
             scratch: &scratch,
             precision,
         };
-        Ok(self.fuser.issue(queue, call)?)
+        Ok(self.fuser.issue_at(queue, call, positions)?)
     }
 
     /// Norm of all gradients.
@@ -288,6 +291,12 @@ impl TrainedFuser {
         }
         Ok(())
     }
+}
+
+/// The projectors of keys and values that the backward pass goes through.
+fn halves(fuser: &Fuser, projector: usize) -> Result<[&Arc<Projector>; 2], Error> {
+    let halves = fuser.projectors()[projector].halves();
+    halves.ok_or_else(|| FuserError::Untrainable { kind: fuser.config().kind }.into())
 }
 
 impl FusedColumns {

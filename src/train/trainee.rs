@@ -14,7 +14,7 @@ use crate::{
     builtin,
     data::Example,
     durable::WriteError,
-    fuser::{Fuser, FuserConfig, Training},
+    fuser::{Fuser, FuserConfig, FuserError, Kind, RidgeFit, Training},
     model::{self, ModelConfig},
     pipeline::Model,
     tokenizer::Tokenizer,
@@ -91,6 +91,9 @@ impl Trainee {
         for (number, sharer) in sharers.iter().enumerate() {
             let fuser = match config.fuser.checkpoints.get(number) {
                 Some(path) => Fuser::load(&builtin::resolve(path), backend)?,
+                None if config.fuser.kind == Kind::AllInOne => {
+                    return Err(FuserError::Untrainable { kind: Kind::AllInOne }.into());
+                }
                 None => {
                     let f = &config.fuser;
                     let new = receiver.fuser_config(sharer, f.kind, (f.hidden, f.intermediate), f.mapping);
@@ -99,6 +102,9 @@ impl Trainee {
                 }
             };
             crate::fuser::require_contract(fuser.config(), &receiver.party(), &sharer.party())?;
+            if fuser.config().kind == Kind::AllInOne {
+                return Err(FuserError::Untrainable { kind: Kind::AllInOne }.into());
+            }
             fusers.push(TrainedFuser::new(&fuser, queue, decay)?);
         }
         let tokenizers = sharers
@@ -161,6 +167,47 @@ impl Trainee {
             Trainee::Model { tokenizer, .. } => vec![tokenizer],
         };
         all.into_iter()
+    }
+
+    /// Whether nothing is trained but solved for: ridge maps.
+    pub fn is_solved(&self) -> bool {
+        match self {
+            Trainee::Fuser { pair, .. } => {
+                pair.fusers.iter().all(|fuser| fuser.fuser.config().kind == Kind::Ridge)
+            }
+            Trainee::Model { .. } => false,
+        }
+    }
+
+    /// Solves for the ridge maps of these samples; what there is to tell.
+    pub fn solve(
+        &mut self,
+        samples: &[Sample],
+        batches: &Batches,
+        config: &TrainConfig,
+        queue: &Queue,
+    ) -> Result<String, Error> {
+        let Trainee::Fuser { pair, .. } = self else { return Ok(String::new()) };
+        let mut fits = Vec::new();
+        for fuser in &pair.fusers {
+            fits.push(RidgeFit::new(fuser.fuser.config().clone())?);
+        }
+        let order: Vec<u32> = (0..samples.len() as u32).collect();
+        let mut pairs = 0;
+        for batch in batches.cut(samples, &order) {
+            let batch: Vec<&Sample> = batch.iter().map(|&index| &samples[index as usize]).collect();
+            pairs += pair.observe(&batch, &mut fits)?;
+        }
+        let mut text =
+            format!("ridge maps of {pairs} pairs of columns; variance explained, keys and values:");
+        for (fuser, fit) in pair.fusers.iter_mut().zip(fits) {
+            let (solved, explained) = fit.solve(config.fuser.ridge_lambda, queue.backend())?;
+            *fuser = TrainedFuser::new(&solved, queue, config.optimizer.decay)?;
+            let n = explained.len().max(1) as f64;
+            let mean = |half: usize| 100.0 * explained.iter().map(|both| both[half]).sum::<f64>() / n;
+            text += &format!(" {:.1} %, {:.1} %", mean(0), mean(1));
+        }
+        Ok(text)
     }
 
     pub fn is_fuser(&self) -> bool {
@@ -356,7 +403,9 @@ impl Trainee {
                     };
                     fs::create_dir_all(&own).map_err(WriteError::at(&own))?;
                     let fuser = fuser.snapshot(Training { anneal_steps, ..*training });
-                    fuser.to_dtype(DType::Bf16, queue.backend())?.save(&own, queue)?;
+                    // A solved map is not rounded: its numbers are the answer, not on the way to one.
+                    let dtype = if fuser.config().kind == Kind::Ridge { DType::F32 } else { DType::Bf16 };
+                    fuser.to_dtype(dtype, queue.backend())?.save(&own, queue)?;
                 }
                 Ok(())
             }

@@ -6,6 +6,7 @@ mod blocks;
 mod differences;
 mod executor;
 mod fuse;
+mod fuse_baseline;
 mod fuse_training;
 mod limits;
 mod linear;
@@ -235,6 +236,10 @@ impl Backend for Cpu {
         self.executor.issue(queue, move |team| pointwise::soft_cap(team, cap, &x));
     }
 
+    fn baselines(&self) -> Option<&dyn super::BaselineFusers> {
+        Some(self)
+    }
+
     fn training(&self) -> Option<&dyn super::Training> {
         Some(self)
     }
@@ -242,5 +247,22 @@ impl Backend for Cpu {
     fn fuse(&self, queue: usize, p: ops::FuseParams, _: ops::FuseExtent, operands: &ops::FuseOperands) {
         let (simd, operands) = (self.simd, operands.clone());
         self.executor.issue(queue, move |team| fuse::fuse(team, simd, p, &operands));
+    }
+
+    fn fuses_jointly(&self) -> bool {
+        true
+    }
+}
+
+impl super::BaselineFusers for Cpu {
+    fn fuse_baseline(
+        &self,
+        queue: usize,
+        tokens: usize,
+        precision: Precision,
+        operands: &ops::BaselineOperands,
+    ) {
+        let (simd, operands) = (self.simd, operands.clone());
+        self.executor.issue(queue, move |team| fuse_baseline::fuse(team, simd, tokens, precision, &operands));
     }
 }
