@@ -283,6 +283,23 @@ pub trait BaselineFusers {
         precision: Precision,
         operands: &ops::BaselineOperands,
     );
+    fn fuse_baseline_forward(
+        &self,
+        queue: usize,
+        tokens: usize,
+        p: ops::BaselineTraining,
+        operands: &ops::BaselineOperands,
+        tapes: &[ops::BaselineTape],
+    );
+    fn fuse_baseline_backward(
+        &self,
+        queue: usize,
+        tokens: usize,
+        p: ops::BaselineTraining,
+        operands: &ops::BaselineOperands,
+        tapes: &[ops::BaselineTape],
+        grads: &[ops::BaselineGrads],
+    );
 }
 
 /// A device that draws tokens itself: a token is shorter to carry than a row of logits.

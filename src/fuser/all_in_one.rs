@@ -45,6 +45,31 @@ pub struct FactorConfig {
 }
 
 impl AllInOneConfig {
+    /// As the published recipes have it.
+    pub fn recipe() -> AllInOneConfig {
+        AllInOneConfig {
+            activation: Nonlinearity::Gelu,
+            layer_norm: true,
+            swiglu: true,
+            residual: true,
+            concat: true,
+            gate: FactorConfig { granularity: Granularity::Scalar, features: None },
+            weight: FactorConfig {
+                granularity: Granularity::HeadMerged,
+                features: Some(Features::TargetProjectedKey),
+            },
+            add_self: true,
+            preserve_target_weight: false,
+            scalar_temperature: 1.0,
+            max_sequence_length: default_rows(),
+        }
+    }
+
+    /// Whether its gate is one number a layer.
+    pub fn is_trainable(&self) -> bool {
+        self.gate == FactorConfig { granularity: Granularity::Scalar, features: None }
+    }
+
     pub(super) fn validate(&self) -> Result<(), FuserError> {
         let refuse = |problem: &str| Err(FuserError::Config { field: "all_in_one", problem: problem.into() });
         for factor in [self.gate, self.weight] {
@@ -258,7 +283,6 @@ pub(super) fn parameters(c: &FuserConfig) -> Vec<Parameter> {
     if a.gate.features.is_none() {
         push("gate_logit".into(), table(c, a.gate.granularity), Start::Zeros);
     }
-    push("gate_temperature".into(), vec![], Start::Ones);
     all
 }
 

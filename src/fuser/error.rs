@@ -36,8 +36,8 @@ pub enum FuserError {
     #[error("gates `{text}`: {problem}")]
     Gates { text: String, problem: String },
     #[error(
-        "a fuser of kind {kind} is not trained by gradients: a ridge map is solved for ([fuser] kind = \"ridge\"), an \
-         AllInOneProjector is read from a published checkpoint and run; use kind c2c, c2c-c, latent or ablation:N to train one"
+        "a fuser of kind {kind} is not trained by gradients: a ridge map is solved for ([fuser] kind = \"ridge\"), and an \
+         AllInOneProjector is trained where its gate is one number a layer, as in the published recipes"
     )]
     Untrainable { kind: super::Kind },
     #[error("a fuser of kind {kind} does not run on {device}: use --device cpu, or a fuser of another kind")]

@@ -243,6 +243,9 @@ pub(super) fn take(
             *scalar = to_f32(entry(name, &[])?.bytes(), config.dtype);
         }
     }
+    if config.kind == Kind::AllInOne {
+        scalars[2] = to_f32(entry(TEMPERATURE, &[])?.bytes(), config.dtype);
+    }
     Ok(LayerProjector::new(config, tensors, scalars))
 }
 

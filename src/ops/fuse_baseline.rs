@@ -190,6 +190,105 @@ pub fn fuse_baseline(
     Ok(())
 }
 
+/// Of a training pass.
+#[derive(Clone, Copy, Debug)]
+pub struct BaselineTraining {
+    pub precision: Precision,
+    /// As [`super::FuseTrainingParams::dropout`], behind the hidden layers.
+    pub dropout: f32,
+    pub seed: u64,
+    pub step: u32,
+}
+
+/// What the forward pass of an AllInOneProjector leaves for its backward.
+#[derive(Clone, Debug)]
+pub struct BaselineTape {
+    /// Number of the receiver layer.
+    pub layer: u32,
+    /// F32`[tokens, target_width]`: gates of the elements, of keys and values alike. The projector's own gate is not read.
+    pub gates: Tensor,
+    /// F32`[2 · tokens · (source_width + target_width)]`, assigned: the columns that were read.
+    pub inputs: Tensor,
+}
+
+/// Gradients of one AllInOneProjector.
+#[derive(Clone, Debug)]
+pub struct BaselineGrads {
+    /// F32 tensors in the shapes of the weights, added to; that of the gate is not.
+    pub projector: Arc<AllInOne>,
+    /// As [`super::FuseGrads::dout`] and [`super::FuseGrads::dtarget`].
+    pub dout: KvPages,
+    pub dtarget: Option<KvPages>,
+    /// F32`[tokens, target_width]`, assigned: gradients of [`BaselineTape::gates`].
+    pub dgates: Tensor,
+}
+
+fn check_tapes(
+    queue: &Queue,
+    tokens: usize,
+    operands: &BaselineOperands,
+    tapes: &[BaselineTape],
+) -> Result<(), ShapeError> {
+    for slots in [&operands.source_slots, &operands.target_slots, &operands.base_slots, &operands.out_slots] {
+        check(OP, "slots", slots, &[DType::U32], &[tokens])?;
+    }
+    let trainable = operands.layers.iter().all(|layer| matches!(layer.projector, Baseline::AllInOne(_)));
+    if tapes.len() != operands.layers.len() || !trainable || queue.backend().baselines().is_none() {
+        return Err(ShapeError {
+            op: OP,
+            operand: "tapes",
+            found: format!("{} tapes of {} layers", tapes.len(), operands.layers.len()),
+            expected: "one for each AllInOneProjector, on a device that runs them".into(),
+        });
+    }
+    for (layer, tape) in operands.layers.iter().zip(tapes) {
+        check_layer(layer, tokens)?;
+        let (source, target) = (layer.source.width(), layer.target.width());
+        check(OP, "gates", &tape.gates, &[DType::F32], &[tokens, target])?;
+        check(OP, "inputs", &tape.inputs, &[DType::F32], &[2 * tokens * (source + target)])?;
+    }
+    Ok(())
+}
+
+/// [`fuse_baseline`] of AllInOneProjectors with a gate for each element.
+pub fn fuse_baseline_forward(
+    queue: &Queue,
+    tokens: usize,
+    p: BaselineTraining,
+    operands: &BaselineOperands,
+    tapes: &[BaselineTape],
+) -> Result<(), ShapeError> {
+    check_tapes(queue, tokens, operands, tapes)?;
+    if let Some(device) = queue.backend().baselines() {
+        device.fuse_baseline_forward(queue.id(), tokens, p, operands, tapes);
+    }
+    Ok(())
+}
+
+/// Backward of [`fuse_baseline_forward`] from the same operands and tapes.
+pub fn fuse_baseline_backward(
+    queue: &Queue,
+    tokens: usize,
+    p: BaselineTraining,
+    operands: &BaselineOperands,
+    tapes: &[BaselineTape],
+    grads: &[BaselineGrads],
+) -> Result<(), ShapeError> {
+    check_tapes(queue, tokens, operands, tapes)?;
+    for (layer, grads) in operands.layers.iter().zip(grads) {
+        let dims = layer.target.keys.shape();
+        for pages in [Some(&grads.dout), grads.dtarget.as_ref()].into_iter().flatten() {
+            pages.check(OP, "dout.keys", "dout.values")?;
+            check(OP, "dout.keys", &pages.keys, &[DType::F32], &[pages.blocks(), dims[1], dims[2], dims[3]])?;
+        }
+        check(OP, "dgates", &grads.dgates, &[DType::F32], &[tokens, layer.target.width()])?;
+    }
+    if let Some(device) = queue.backend().baselines() {
+        device.fuse_baseline_backward(queue.id(), tokens, p, operands, tapes, grads);
+    }
+    Ok(())
+}
+
 const OP: &str = "fuse_baseline";
 
 fn check_layer(layer: &BaselineLayer, tokens: usize) -> Result<(), ShapeError> {

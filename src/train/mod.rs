@@ -26,6 +26,7 @@ mod sample;
 pub mod schedule;
 mod sharer_store;
 pub mod tensorboard;
+mod trained_all_in_one;
 mod trained_fuser;
 mod trainee;
 

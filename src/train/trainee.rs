@@ -14,7 +14,7 @@ use crate::{
     builtin,
     data::Example,
     durable::WriteError,
-    fuser::{Fuser, FuserConfig, FuserError, Kind, RidgeFit, Training},
+    fuser::{AllInOneConfig, Fuser, FuserConfig, FuserError, Kind, RidgeFit, Training},
     model::{self, ModelConfig},
     pipeline::Model,
     tokenizer::Tokenizer,
@@ -91,18 +91,16 @@ impl Trainee {
         for (number, sharer) in sharers.iter().enumerate() {
             let fuser = match config.fuser.checkpoints.get(number) {
                 Some(path) => Fuser::load(&builtin::resolve(path), backend)?,
-                None if config.fuser.kind == Kind::AllInOne => {
-                    return Err(FuserError::Untrainable { kind: Kind::AllInOne }.into());
-                }
                 None => {
                     let f = &config.fuser;
                     let new = receiver.fuser_config(sharer, f.kind, (f.hidden, f.intermediate), f.mapping);
-                    let new = FuserConfig { num_layers: f.layers, training, ..new };
+                    let all_in_one = (f.kind == Kind::AllInOne).then(AllInOneConfig::recipe);
+                    let new = FuserConfig { num_layers: f.layers, training, all_in_one, ..new };
                     Fuser::init(new, config.seed + number as u64, backend)?
                 }
             };
             crate::fuser::require_contract(fuser.config(), &receiver.party(), &sharer.party())?;
-            if fuser.config().kind == Kind::AllInOne {
+            if fuser.config().all_in_one.as_ref().is_some_and(|own| !own.is_trainable()) {
                 return Err(FuserError::Untrainable { kind: Kind::AllInOne }.into());
             }
             fusers.push(TrainedFuser::new(&fuser, queue, decay)?);

@@ -1,5 +1,6 @@
 //! The CPU backend: a portable reference for every op, and vector kernels chosen at run time.
 
+mod all_in_one;
 mod attention;
 mod blocks;
 #[cfg(test)]
@@ -264,5 +265,33 @@ impl super::BaselineFusers for Cpu {
     ) {
         let (simd, operands) = (self.simd, operands.clone());
         self.executor.issue(queue, move |team| fuse_baseline::fuse(team, simd, tokens, precision, &operands));
+    }
+
+    fn fuse_baseline_forward(
+        &self,
+        queue: usize,
+        tokens: usize,
+        p: ops::BaselineTraining,
+        operands: &ops::BaselineOperands,
+        tapes: &[ops::BaselineTape],
+    ) {
+        let (simd, operands, tapes) = (self.simd, operands.clone(), tapes.to_vec());
+        self.executor
+            .issue(queue, move |team| fuse_baseline::forward(team, simd, tokens, p, &operands, &tapes));
+    }
+
+    fn fuse_baseline_backward(
+        &self,
+        queue: usize,
+        tokens: usize,
+        p: ops::BaselineTraining,
+        operands: &ops::BaselineOperands,
+        tapes: &[ops::BaselineTape],
+        grads: &[ops::BaselineGrads],
+    ) {
+        let (simd, operands, tapes, grads) = (self.simd, operands.clone(), tapes.to_vec(), grads.to_vec());
+        self.executor.issue(queue, move |team| {
+            fuse_baseline::backward(team, simd, tokens, p, &operands, &tapes, &grads);
+        });
     }
 }
