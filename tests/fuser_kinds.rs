@@ -1,6 +1,8 @@
 //! Fusers that others are compared with: what is particular to each. Formulae against other implementations are in
 //! `fuser_goldens.rs`, gradients in `train_fuser.rs`.
 
+mod device;
+
 use c2c::{
     backend::{Backend, Precision, Queue, Tensor, cpu::Cpu},
     cache::{KeyForm, KvColumns, Rotation},
@@ -289,4 +291,21 @@ fn what_a_ridge_map_cannot_do_is_said() {
     assert!(RidgeFit::new(c2c).err().unwrap().to_string().contains("c2c"));
     let bare = FuserConfig { rotations: None, ..known.config.clone() };
     assert!(bare.validate().unwrap_err().to_string().contains("rotations"));
+}
+
+#[test]
+fn a_gpu_refuses_what_it_has_no_kernels_for() {
+    let Some(gpu) = device::gpu() else { return };
+    let (receiver, sharer) = (Party::new(1, 2, 8), Party::new(1, 2, 8));
+    let latent = FuserConfig::new(Kind::Latent, 10, 12, Mapping::Custom, &[0], receiver, sharer);
+    for config in [latent, Known::new().config] {
+        let kind = config.kind.to_string();
+        let cpu = Fuser::init(config.clone(), 0, &backend()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        cpu.save(folder.path(), &Queue::new(&backend()).unwrap()).unwrap();
+        for refused in [Fuser::init(config, 0, &gpu.backend), Fuser::load(folder.path(), &gpu.backend)] {
+            let error = refused.err().expect("refused").to_string();
+            assert!(error.contains(&kind) && error.contains("cuda"), "{error}");
+        }
+    }
 }

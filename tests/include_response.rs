@@ -1,5 +1,7 @@
 //! Fusing the tokens of the answer: what is particular to it. Against the published program: `pairs_goldens.rs`.
 
+mod device;
+
 use c2c::{
     align::{Alignment, LayerMapping, Section},
     backend::{
@@ -205,5 +207,26 @@ fn a_question_is_answered() {
     assert_eq!(answer.tokens.len(), NEW);
     let plain = open(steady(), options).answer(&question, &params, &mut |_| {}).unwrap();
     assert!(answer.kv_bytes > plain.kv_bytes, "the clean cache");
+    // The prompt's last token, and of the answer all but the last, which no cache has.
+    assert_eq!(answer.fused_tokens, plain.fused_tokens + NEW);
+    assert!(answer.fused_kv_bytes > plain.fused_kv_bytes);
     assert_ne!(answer.tokens, plain.tokens);
+}
+
+/// Columns written by the fuser's stream, read by the receiver's; keys and values that go aside.
+#[test]
+fn a_gpu_computes_the_same() {
+    let Some(gpu) = device::gpu() else { return };
+    let prompt = prompt(5, 2, 1);
+    let run = |backend: Arc<dyn Backend>| {
+        let session = open(backend, options(1, FusionMode::Sequential, GateOverride::Open));
+        answer(&session.including_response().unwrap(), &prompt, 3)
+    };
+    let (expected, found) = (run(steady()), run(gpu.backend.clone()));
+    assert_eq!(gpu.fault(), None);
+    assert_eq!(found.1, expected.1, "tokens");
+    assert!(difference(&found.0, &expected.0) < 1e-3);
+    for (found, expected) in found.2.iter().zip(&expected.2) {
+        assert!(difference(found, expected) < 1e-3);
+    }
 }

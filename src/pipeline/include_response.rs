@@ -16,7 +16,7 @@ use crate::{
     align::{Alignment, Section},
     backend::{DType, Event, Queue, Tensor},
     cache::BlockTable,
-    fuser::{FuseCall, FusionMode, LayerCall, Positions},
+    fuser::{FuseCall, FusionMode, Gates, LayerCall, Positions},
     model::Goal,
     ops,
 };
@@ -37,6 +37,11 @@ pub trait Conversation: Decode {
 
     /// Lets the next decoded token sit at rotary position `position`.
     fn continue_at(&mut self, position: u32);
+
+    /// Receiver tokens fused since the prefill, over all sharers, and the bytes of sharer cache that this read.
+    fn fused_since_prefill(&self) -> (usize, u64) {
+        (0, 0)
+    }
 
     /// Memory of all caches.
     fn kv_bytes(&self) -> usize {
@@ -94,6 +99,8 @@ pub struct ResponseLink {
     /// The fuser's.
     queue: Queue,
     scratch: Tensor,
+    /// What [`Conversation::fused_since_prefill`] says.
+    fused: (usize, u64),
 }
 
 impl ResponseLink {
@@ -109,7 +116,7 @@ impl ResponseLink {
         let need = need.max().unwrap_or(0).max(1);
         let scratch = backend.alloc(DType::F32, &[need], "fuser scratch")?;
         let queue = Queue::new(backend)?;
-        Ok(ResponseLink { link, clean, aside, _blocks: blocks, queue, scratch })
+        Ok(ResponseLink { link, clean, aside, _blocks: blocks, queue, scratch, fused: (0, 0) })
     }
 
     /// Reads `ids` at the receiver's `positions`; `after_pass` sees how many tokens the receiver's last pass had.
@@ -158,15 +165,17 @@ impl ResponseLink {
                 let (from, to) = (&self.clean.kv.layers()[layer], &self.link.receiver.kv.layers()[layer]);
                 ops::copy_slots(&self.queue, from, &clean.slots, to, &slots)?;
             }
-            self.fuse(group.clone(), &sharers, &clean.slots, &slots, positions, &theirs)?;
+            self.fused.1 += self.fuse(group.clone(), &sharers, &clean.slots, &slots, positions, &theirs)?;
             fused.extend(group.map(|_| self.queue.record()));
         }
+        let open = |gates: &&Gates| gates.iter().any(|gates| *gates != [0.0; 2]);
+        self.fused.0 += ids.len() * self.link.gates.iter().filter(open).count();
         let aside = &self.aside[..ids.len()];
         self.link.receiver.pass_over(positions, aside, |queue, layer| queue.wait(&fused[layer]))
     }
 
     /// Fuses the receiver's columns at `slots` and `positions`, which are copies of the clean ones at `clean`, in layers
-    /// `layers`.
+    /// `layers`; the bytes of sharer cache that are read.
     fn fuse(
         &self,
         layers: Range<usize>,
@@ -175,7 +184,8 @@ impl ResponseLink {
         slots: &Tensor,
         positions: &[u32],
         theirs: &[Vec<u32>],
-    ) -> Result<(), Error> {
+    ) -> Result<u64, Error> {
+        let mut bytes = 0;
         let link = &self.link;
         let several = sharers.len() > 1 && link.mode == FusionMode::Parallel;
         for (s, columns) in sharers.iter().enumerate() {
@@ -198,6 +208,10 @@ impl ResponseLink {
             if calls.is_empty() {
                 continue;
             }
+            for LayerCall { source, .. } in &calls {
+                let element = source.keys.dtype().block_bytes();
+                bytes += (2 * positions.len() * source.width() * element) as u64;
+            }
             let call = FuseCall {
                 layers: &calls,
                 source_slots: &columns.slots,
@@ -210,7 +224,7 @@ impl ResponseLink {
             let positions = Positions { source: &theirs[s], target: positions };
             fuser.issue_at(&self.queue, call, positions)?;
         }
-        Ok(())
+        Ok(bytes)
     }
 }
 
@@ -276,6 +290,7 @@ impl Conversation for ResponseLink {
         }
         let lanes = self.link.sharers.iter_mut().chain([&mut self.link.receiver, &mut self.clean]);
         lanes.for_each(|lane| lane.truncate(0, 0));
+        self.fused = (0, 0);
         let mut report = PrefillReport::default();
         let begin = self.clean.queue.record();
         if head > 0 {
@@ -294,6 +309,9 @@ impl Conversation for ResponseLink {
             logits = self.link.receiver.logits()?;
         }
         self.clean.queue.synchronize()?;
+        let (tokens, bytes) = std::mem::take(&mut self.fused);
+        report.fused_tokens += tokens;
+        report.fused_kv_bytes += bytes;
         report.receiver += end.elapsed_since(&begin).unwrap_or_default();
         Ok((logits, report))
     }
@@ -304,6 +322,10 @@ impl Conversation for ResponseLink {
 
     fn clean(&self) -> Option<&Lane> {
         Some(&self.clean)
+    }
+
+    fn fused_since_prefill(&self) -> (usize, u64) {
+        self.fused
     }
 
     fn continue_at(&mut self, position: u32) {

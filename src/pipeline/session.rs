@@ -438,6 +438,9 @@ impl Session {
         answer.sharer_prompt_tokens = sharer_tokens;
         answer.timings_ms.align = ms(align);
         answer.prefill(&report);
+        let (tokens, bytes) = link.fused_since_prefill();
+        answer.fused_tokens += tokens;
+        answer.fused_kv_bytes += bytes;
         answer.timings_ms.first_token = ms(first_token);
         answer.timings_ms.total = ms(start.elapsed());
         answer.rates();

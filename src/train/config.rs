@@ -126,7 +126,8 @@ pub enum What {
 pub struct FuserSettings {
     /// Go on with these fusers' weights, one for each sharer; the other keys but `dropout` then do not apply.
     pub checkpoints: Vec<PathBuf>,
-    /// `c2c` (default), `c2c-c`, `latent` or `ablation:0` … `ablation:4`, which are trained; `ridge`, which is solved for.
+    /// `c2c` (default), `c2c-c`, `latent` or `ablation:0` … `ablation:4` or `all-in-one` (as the published recipes have it), which are trained; `ridge`, which is solved
+    /// for.
     pub kind: Kind,
     /// Width of the projector's residual stream, under `latent` of the latent; 1024 by default.
     pub hidden: usize,
