@@ -45,7 +45,7 @@ fn complains(path: &Path, words: &[&str]) {
 fn every_kind_survives_both_layouts() {
     let backend = backend();
     let queue = Queue::new(&backend).unwrap();
-    for kind in (0..=4).map(Kind::Ablation).chain([Kind::C2c, Kind::C2cC]) {
+    for kind in (0..=4).map(Kind::Ablation).chain([Kind::C2c, Kind::C2cC, Kind::Latent]) {
         for dtype in [DType::F32, DType::Bf16, DType::F16] {
             let fuser = fuser(kind, &backend).to_dtype(dtype, &backend).unwrap();
             let folder = tempfile::tempdir().unwrap();
@@ -57,8 +57,8 @@ fn every_kind_survives_both_layouts() {
 
             let folder = tempfile::tempdir().unwrap();
             let saved = fuser.save_published(folder.path(), &queue);
-            if kind == Kind::C2cC {
-                assert!(saved.unwrap_err().to_string().contains("c2c-c"));
+            if matches!(kind, Kind::C2cC | Kind::Latent) {
+                assert!(saved.unwrap_err().to_string().contains(&kind.to_string()));
                 continue;
             }
             saved.unwrap();
@@ -204,7 +204,7 @@ fn broken_published_layouts_are_named() {
         ("projector_config.json", "[[0,0]]", "[[0,18446744073709551615]]", &["routes"]),
         ("projector_config.json", "[[0,0]]", "[[0,-1]]", &["projector_config.json", "line"]),
         ("projector_config.json", "{\"1\":{", "{\"2\":{},\"1\":{", &["sharers", "2"]),
-        ("projector_0.json", "C2CProjector", "AllInOneProjector", &["class", "AllInOneProjector"]),
+        ("projector_0.json", "C2CProjector", "MLPProjector", &["class", "MLPProjector"]),
         ("projector_0.json", "\"source_dim\": 10", "\"source_dim\": 11", &["projector_1.json", "differ"]),
         ("projector_0.json", "\"source_dim\"", "\"sauce_dim\"", &["projector_0.json", "sauce_dim"]),
         ("projector_0.json", "C2CProjector", "AblationProjector", &["projector_1.json", "differ"]),
@@ -228,6 +228,34 @@ fn broken_published_layouts_are_named() {
     complains(folder.path(), &["projector_0.pt"]);
     fs::write(folder.path().join("final/projector_0.pt"), b"\x80\x02}.").unwrap();
     complains(folder.path(), &["projector_0.pt", "not a PyTorch archive"]);
+}
+
+#[test]
+fn all_in_one_configurations_that_cannot_be_are_named() {
+    let cases = [
+        (
+            r#""gate_granularity": "token", "gate_depends_on_input": true, "gate_input_features": "both""#,
+            "computed gate",
+        ),
+        (r#""gate_granularity": "head_merged""#, "head_merged"),
+        (r#""weight_depends_on_input": true"#, "weight_input_features"),
+        (r#""gate_granularity": "row""#, "row"),
+        (r#""scalar_temperature": 0"#, "scalar_temperature"),
+        (r#""sauce": 1"#, "sauce"),
+        (r#""source_num_heads": 1, "use_layer_norm": true"#, "use_residual"),
+        // All is well with it, but where are the weights?
+        (r#""dropout": 0.0"#, "projector_0.pt"),
+    ];
+    for (more, word) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let heads = if word == "use_residual" { "" } else { r#""source_num_heads": 2, "# };
+        let file = format!(
+            r#"{{"class": "AllInOneProjector", "init_args": {{{heads}"source_dim": 16, "target_dim": 16, {more}}}}}"#
+        );
+        fs::write(folder.path().join("projector_0.json"), file).unwrap();
+        fs::write(folder.path().join("projector_config.json"), r#"{"0": {"1": {"0": [[0, 0]]}}}"#).unwrap();
+        complains(folder.path(), &[word]);
+    }
 }
 
 /// Mutants of a weights file: an error or a fuser, never a panic.

@@ -39,7 +39,8 @@ fn session(case: &Value, overlap: Overlap) -> Option<Session> {
         threads: 2,
         overlap,
     };
-    Some(Session::open(options, &|_, _, _| {}).unwrap())
+    let session = Session::open(options, &|_, _, _| {}).unwrap();
+    Some(if case["include_response"] == true { session.including_response().unwrap() } else { session })
 }
 
 fn greedy(tokens: usize) -> SamplingParams {
@@ -82,10 +83,6 @@ fn each(dtype: &str, test: impl Fn(&str, &Value, &Tensors)) {
         if case["dtype"] != dtype {
             continue;
         }
-        if case["include_response"] == true {
-            goldens::skipped(format_args!("{file}: fusing the answer's own tokens is not supported"));
-            continue;
-        }
         let Some(path) = find(file) else { continue };
         test(file, &case, &Tensors::read(&path));
     }
@@ -109,9 +106,12 @@ fn compare_all(file: &str, case: &Value, golden: &Tensors, dump: &Dump, toleranc
         let difference = difference(dump.float("loss").unwrap().1, &golden.floats("loss"));
         assert!(difference < tolerance, "{file}: loss differs by {difference}");
     }
-    for (check, prefix) in
-        [("fused_cache", "fused."), ("sharer_cache", "sharer"), ("plain_receiver_cache", "plain_receiver.")]
-    {
+    for (check, prefix) in [
+        ("fused_cache", "fused."),
+        ("sharer_cache", "sharer"),
+        ("plain_receiver_cache", "plain_receiver."),
+        ("clean_receiver_cache", "clean_receiver."),
+    ] {
         if checks(case, check) {
             let names: Vec<String> =
                 golden.names().into_iter().filter(|name| name.starts_with(prefix)).collect();

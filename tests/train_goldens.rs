@@ -20,14 +20,16 @@ struct Batch {
     samples: Vec<Sample>,
     /// Uniform numbers of the gates, `[rows, kv_heads, tokens]`, in the order they were drawn.
     noise: Vec<Vec<f32>>,
-    /// For each fused token its row and its column in the padded section, and the width of that section.
-    places: Vec<(usize, usize)>,
-    width: usize,
+    /// For each fused token its section, its row, and its column in the padded section.
+    places: Vec<(usize, usize, usize)>,
+    /// Of the sections that are fused.
+    widths: Vec<usize>,
     rows: usize,
 }
 
 impl Batch {
-    fn read(golden: &Tensors, batch: &str, noise: &str) -> Batch {
+    /// `response`: the last section is fused too.
+    fn read(golden: &Tensors, batch: &str, noise: &str, response: bool) -> Batch {
         let name = |tensor: &str| format!("{batch}.{tensor}");
         let shape = golden.shape(&name("input_ids"));
         let (rows, width) = (shape[0], shape[1]);
@@ -40,7 +42,10 @@ impl Batch {
             let at =
                 |values: &[i64]| kept.iter().map(|t| values[row * width + t] as u32).collect::<Vec<u32>>();
             let fused = kept.iter().filter(|&&t| t < section).count();
-            places.extend(kept[..fused].iter().map(|&t| (row, t)));
+            places.extend(kept[..fused].iter().map(|&t| (0, row, t)));
+            if response {
+                places.extend(kept[fused..].iter().map(|&t| (1, row, t - section)));
+            }
             // Shifted inside the last section.
             let next = |t: usize| match labels.get(row * width + t + 1) {
                 Some(&label) if t >= section && t + 1 < width && label >= 0 => label as u32,
@@ -52,25 +57,29 @@ impl Batch {
                 SharerPrompt { ids: ids[..fused].to_vec(), positions: positions[..fused].to_vec(), columns };
             let sections =
                 [(fused, 1), (kept.len() - fused, 0)].map(|(len, sharer_mask)| Section { len, sharer_mask });
-            samples.push(Sample {
+            let sample = Sample {
                 labels: kept.iter().map(|&t| next(t)).collect(),
                 prompt: Prompt { ids, positions, sharers: vec![sharer], sections: sections.to_vec() },
                 origin: format!("row {row}"),
-            });
+            };
+            samples.push(if response { sample.including_response().unwrap() } else { sample });
         }
         let noise = (0..).map(|i| format!("{noise}gumbel_u.{i:02}")).take_while(|name| golden.has(name));
         let noise = noise.map(|name| golden.floats(&name)).collect();
-        Batch { samples, noise, places, width: section, rows }
+        let widths = if response { vec![section, width - section] } else { vec![section] };
+        Batch { samples, noise, places, widths, rows }
     }
 }
 
 impl GateNoise for Batch {
     fn fill(&self, layer: usize, half: usize, out: &mut [f32]) {
-        let drawn = &self.noise[2 * layer + half];
-        let heads = drawn.len() / self.rows / self.width;
-        for ((row, token), out) in self.places.iter().zip(out.chunks_exact_mut(heads)) {
+        // All layers of one section, then all of the next.
+        let layers = self.noise.len() / 2 / self.widths.len();
+        let heads = self.noise[0].len() / self.rows / self.widths[0];
+        for (&(section, row, token), out) in self.places.iter().zip(out.chunks_exact_mut(heads)) {
+            let drawn = &self.noise[2 * (section * layers + layer) + half];
             for (head, u) in out.iter_mut().enumerate() {
-                *u = drawn[(row * heads + head) * self.width + token];
+                *u = drawn[(row * heads + head) * self.widths[section] + token];
             }
         }
     }
@@ -93,15 +102,16 @@ fn open(case: &Value, recompute: Recompute) -> Option<Case> {
     let fuser = Fuser::load(&find(case["fuser"].as_str().unwrap())?, &backend).unwrap();
     let fuser = TrainedFuser::new(&fuser, &queue, Decay::All).unwrap();
     let mode = FusionMode::Sequential;
-    let trainer =
+    let mut trainer =
         PairTrainer::new(queue, receiver, vec![sharer], vec![fuser], mode, DType::F32, recompute, 0.0, 0)
             .unwrap();
+    trainer.include_response = case["include_response"] == true;
     Some(Case { trainer, golden })
 }
 
 fn published(kind: &str) -> Vec<Value> {
     let cases = cases("train").into_iter();
-    cases.filter(|case| case["kind"] == kind && case["include_response"] == false).collect()
+    cases.filter(|case| case["kind"] == kind).collect()
 }
 
 /// Compares every tensor and gate of the fuser with the golden's `prefix`, as far as it has them.
@@ -142,12 +152,13 @@ const ADAMW: Adamw = Adamw { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.01 
 fn one_step_has_the_published_loss_gradients_and_update() {
     for case in published("one_step") {
         for recompute in [Recompute::None, Recompute::Layers] {
+            let response = case["include_response"] == true;
             let Some(mut case) = open(&case, recompute) else { return };
-            let batch = Batch::read(&case.golden, "batch", "");
+            let batch = Batch::read(&case.golden, "batch", "", response);
             case.trainer.fusers[0].temperature = case.golden.floats("temperature")[0];
             let samples: Vec<&Sample> = batch.samples.iter().collect();
 
-            if let Some(expected) = json("train/eval_loss.json") {
+            if let Some(expected) = json("train/eval_loss.json").filter(|_| !response) {
                 let measured = case.trainer.run(&samples, Run::Measure).unwrap();
                 let expected = expected["loss_hard_gates_dropout_off"].as_f64().unwrap();
                 assert!((measured.loss - expected).abs() < 2e-5, "{} {expected}", measured.loss);
@@ -158,6 +169,10 @@ fn one_step_has_the_published_loss_gradients_and_update() {
             assert!((report.loss - loss).abs() < 2e-5, "loss {} {loss}", report.loss);
             compare(&case, "grad", Kept::Grad, 2e-4);
 
+            // The golden of a fused response has loss and gradients.
+            if !case.golden.has("grad_norm_before_clip") {
+                continue;
+            }
             let fuser = &mut case.trainer.fusers[0];
             let queue = case.trainer.queue.clone();
             let norm = fuser.grad_norm(&queue).unwrap();
@@ -184,7 +199,7 @@ fn a_loop_of_micro_batches_ends_where_the_published_one_does() {
         let mut losses = Vec::new();
         for k in 0..micro {
             let prefix = format!("micro{k}");
-            let batch = Batch::read(&case.golden, &prefix, &format!("{prefix}."));
+            let batch = Batch::read(&case.golden, &prefix, &format!("{prefix}."), false);
             let samples: Vec<&Sample> = batch.samples.iter().collect();
             let scale = 1.0 / accumulate as f32;
             losses.push(

@@ -253,6 +253,15 @@ pub trait Backend: Send + Sync {
     );
     fn soft_cap(&self, queue: usize, cap: f32, x: &Tensor);
     fn fuse(&self, queue: usize, p: ops::FuseParams, extent: ops::FuseExtent, operands: &ops::FuseOperands);
+    /// Whether the fuser's ops take projectors that read keys and values, see [`ops::Projector::input`].
+    fn fuses_jointly(&self) -> bool {
+        false
+    }
+
+    /// Fusers that others are compared with; `None` where the device runs none.
+    fn baselines(&self) -> Option<&dyn BaselineFusers> {
+        None
+    }
 
     /// The ops of training; `None` where the device has none.
     fn training(&self) -> Option<&dyn Training> {
@@ -263,6 +272,34 @@ pub trait Backend: Send + Sync {
     fn draw_tokens(&self) -> Option<&dyn DrawTokens> {
         None
     }
+}
+
+/// A device that runs baseline fusers, see [`ops::fuse_baseline()`].
+pub trait BaselineFusers {
+    fn fuse_baseline(
+        &self,
+        queue: usize,
+        tokens: usize,
+        precision: Precision,
+        operands: &ops::BaselineOperands,
+    );
+    fn fuse_baseline_forward(
+        &self,
+        queue: usize,
+        tokens: usize,
+        p: ops::BaselineTraining,
+        operands: &ops::BaselineOperands,
+        tapes: &[ops::BaselineTape],
+    );
+    fn fuse_baseline_backward(
+        &self,
+        queue: usize,
+        tokens: usize,
+        p: ops::BaselineTraining,
+        operands: &ops::BaselineOperands,
+        tapes: &[ops::BaselineTape],
+        grads: &[ops::BaselineGrads],
+    );
 }
 
 /// A device that draws tokens itself: a token is shorter to carry than a row of logits.

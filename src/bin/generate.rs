@@ -74,6 +74,9 @@ struct Args {
     /// Fuse only this part of the prompt: 0.5, front:0.5 or back:0.5
     #[arg(long, value_name = "F", help_heading = "Fusing")]
     fraction: Option<Fraction>,
+    /// Fuse the answer's own tokens too: three passes a token, sharers that have the receiver's tokenizer
+    #[arg(long, help_heading = "Fusing")]
+    include_response: bool,
     /// Several sharers: each adds to the plain cache (parallel) or to what the one before made of it (sequential)
     #[arg(long, default_value_t, value_name = "parallel|sequential", help_heading = "Fusing")]
     multi_sharer: FusionMode,
@@ -209,7 +212,10 @@ fn run(args: Args) -> Result<(), Box<dyn Error>> {
     SamplingParams { max_new_tokens: params.max_new_tokens.max(least), ..params.clone() }.validate()?;
     let question = question(&args)?;
     let bar = Mutex::new(None);
-    let session = Session::open(options(&args), &|path, done, total| progress(&bar, path, done, total))?;
+    let mut session = Session::open(options(&args), &|path, done, total| progress(&bar, path, done, total))?;
+    if args.include_response {
+        session = session.including_response()?;
+    }
     if let Some(bar) = bar.into_inner().ok().flatten() {
         ProgressBar::finish_and_clear(&bar);
     }

@@ -55,6 +55,12 @@ impl Rotation {
         self.turn(key, -f64::from(position), 1.0 / self.scale)
     }
 
+    /// Cosines and sines at `position`, `[head_dim]`, times the scale; angles rounded to f32 as the models do it.
+    pub fn angles(&self, position: u32) -> Vec<f32> {
+        let angles = || self.inv_freq.iter().map(|f| position as f32 * f);
+        angles().map(|a| a.cos() * self.scale).chain(angles().map(|a| a.sin() * self.scale)).collect()
+    }
+
     fn turn(&self, key: &mut [f32], position: f64, scale: f32) {
         let (left, right) = key.split_at_mut(key.len() / 2);
         for ((a, b), &inv_freq) in left.iter_mut().zip(right).zip(&self.inv_freq) {

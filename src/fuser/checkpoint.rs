@@ -5,7 +5,7 @@
 
 use super::{
     Fuser, FuserError,
-    config::FuserConfig,
+    config::{FuserConfig, Kind},
     parameters::{self, KEY_GATE, TEMPERATURE, VALUE_GATE, from_f32},
     state::{StateDict, read_safetensors, read_text, safetensors_dtype},
 };
@@ -106,18 +106,19 @@ pub(super) fn outgoing<'a>(fuser: &'a Fuser, queue: &'a Queue) -> Vec<OutgoingTe
                 bytes: Box::new(move || Ok(queue.download(tensor)?)),
             });
         }
-        if fuser.config().kind.has_gates() {
-            let [key, value] = projector.gate_logits;
-            for (name, scalar) in [(KEY_GATE, key), (VALUE_GATE, value), (TEMPERATURE, projector.temperature)]
-            {
-                let bytes = move || {
-                    let mut bytes = Vec::new();
-                    from_f32(&[scalar], dtype, &mut bytes);
-                    Ok(bytes)
-                };
-                let (name, bytes) = (format!("{prefix}{name}"), Box::new(bytes));
-                all.push(OutgoingTensor { name, dtype: file_dtype, shape: vec![], bytes });
-            }
+        let kind = fuser.config().kind;
+        let [key, value] = projector.gate_logits;
+        let scalars = [(TEMPERATURE, projector.temperature), (KEY_GATE, key), (VALUE_GATE, value)];
+        // The gates of an AllInOneProjector are among its tensors.
+        let count = if kind.has_gates() { 3 } else { usize::from(kind == Kind::AllInOne) };
+        for (name, scalar) in scalars.into_iter().take(count) {
+            let bytes = move || {
+                let mut bytes = Vec::new();
+                from_f32(&[scalar], dtype, &mut bytes);
+                Ok(bytes)
+            };
+            let (name, bytes) = (format!("{prefix}{name}"), Box::new(bytes));
+            all.push(OutgoingTensor { name, dtype: file_dtype, shape: vec![], bytes });
         }
     }
     all

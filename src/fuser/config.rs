@@ -1,7 +1,7 @@
 //! What a fuser is, apart from its weights: `fuser.json`.
 
-use super::{FuserError, contract::Party};
-use crate::{align::LayerMapping, backend::DType};
+use super::{AllInOneConfig, FuserError, contract::Party};
+use crate::{align::LayerMapping, backend::DType, cache::KeyForm};
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
@@ -32,6 +32,20 @@ pub struct FuserConfig {
     pub sharer: Party,
     #[serde(default)]
     pub training: Training,
+    /// What an AllInOneProjector is besides; of that kind alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub all_in_one: Option<AllInOneConfig>,
+    /// How keys were rotated; of a ridge map alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotations: Option<Rotations>,
+}
+
+/// How the keys of both models are rotated, which a map of keys without rotation has to know.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rotations {
+    pub receiver: KeyForm,
+    pub sharer: KeyForm,
 }
 
 /// How the fusers of the paper and its ablations differ.
@@ -45,26 +59,42 @@ pub enum Kind {
     Ablation(u8),
     /// The complex variant: the sharer's columns pass a stage of their own before they meet the receiver's.
     C2cC,
+    /// The compact one: keys and values of both models meet in one narrow latent, from which keys and values are made.
+    Latent,
+    /// The published program's earlier, configurable one.
+    AllInOne,
+    /// A linear map that is solved for instead of trained, of keys without their rotation and of values.
+    Ridge,
 }
 
 impl Kind {
     /// Whether each head of each token has a learned weight.
     pub fn has_scalar(self) -> bool {
-        !matches!(self, Kind::Ablation(1..=3))
+        !matches!(self, Kind::Ablation(1..=3) | Kind::AllInOne | Kind::Ridge)
     }
 
-    /// Whether layers have learned gates; without, they are always open.
+    /// Whether layers have learned gates; without, they are always open (an AllInOneProjector's gate is part of its computation).
     pub fn has_gates(self) -> bool {
-        !matches!(self, Kind::Ablation(2..=4))
+        !matches!(self, Kind::Ablation(2..=4) | Kind::AllInOne | Kind::Ridge)
     }
 
     /// Whether the projector reads the receiver's columns and adds to them.
     pub fn has_target(self) -> bool {
-        self != Kind::Ablation(3)
+        !matches!(self, Kind::Ablation(3) | Kind::Ridge)
     }
 
     pub fn has_source_stage(self) -> bool {
         self == Kind::C2cC
+    }
+
+    /// Whether what becomes keys and what becomes values both read keys and values.
+    pub fn is_joint(self) -> bool {
+        self == Kind::Latent
+    }
+
+    /// Whether an op of its own computes it ([`crate::ops::fuse_baseline()`]), which not every device has.
+    pub fn is_baseline(self) -> bool {
+        matches!(self, Kind::AllInOne | Kind::Ridge)
     }
 }
 
@@ -74,6 +104,9 @@ impl fmt::Display for Kind {
             Kind::C2c => f.write_str("c2c"),
             Kind::Ablation(level) => write!(f, "ablation:{level}"),
             Kind::C2cC => f.write_str("c2c-c"),
+            Kind::Latent => f.write_str("latent"),
+            Kind::AllInOne => f.write_str("all-in-one"),
+            Kind::Ridge => f.write_str("ridge"),
         }
     }
 }
@@ -86,9 +119,12 @@ impl FromStr for Kind {
         match text {
             "c2c" => Some(Kind::C2c),
             "c2c-c" => Some(Kind::C2cC),
+            "latent" => Some(Kind::Latent),
+            "all-in-one" => Some(Kind::AllInOne),
+            "ridge" => Some(Kind::Ridge),
             _ => text.strip_prefix("ablation:").and_then(level),
         }
-        .ok_or_else(|| format!("unknown kind of fuser `{text}`: use c2c, c2c-c or ablation:0 … ablation:4"))
+        .ok_or_else(|| format!("unknown kind of fuser `{text}`: use c2c, c2c-c, latent, all-in-one, ridge or ablation:0 … ablation:4"))
     }
 }
 
@@ -175,6 +211,8 @@ impl FuserConfig {
             receiver,
             sharer,
             training: Training::default(),
+            all_in_one: None,
+            rotations: None,
         }
     }
 
@@ -210,13 +248,36 @@ impl FuserConfig {
                 return config(field, format!("is {} wide; expected at most {MAX_DIM}", shape.width()));
             }
         }
-        if !(3..=1024).contains(&self.num_layers) {
-            return config("num_layers", format!("is {}; expected 3 to 1024", self.num_layers));
+        let least = if self.kind == Kind::AllInOne { 1 } else { 3 };
+        if !(least..=1024).contains(&self.num_layers) {
+            return config("num_layers", format!("is {}; expected {least} to 1024", self.num_layers));
         }
+        self.validate_baseline()?;
         if !matches!(self.dtype, DType::F32 | DType::Bf16 | DType::F16) {
             return config("dtype", format!("is {}; expected F32, BF16 or F16", self.dtype));
         }
         self.validate_routes()
+    }
+
+    fn validate_baseline(&self) -> Result<(), FuserError> {
+        let config = |field, problem: &str| Err(FuserError::Config { field, problem: problem.into() });
+        match (self.kind, &self.all_in_one, &self.rotations) {
+            (Kind::AllInOne, Some(all_in_one), None) => all_in_one.validate(),
+            (Kind::Ridge, None, Some(Rotations { receiver, sharer })) => {
+                let fits = |form: &KeyForm, party: &Party| match form {
+                    KeyForm::PreRope => true,
+                    KeyForm::PostRope(all) => all.iter().all(|one| 2 * one.inv_freq.len() == party.head_dim),
+                };
+                match fits(receiver, &self.receiver) && fits(sharer, &self.sharer) {
+                    true => Ok(()),
+                    false => config("rotations", "are not of the heads' size"),
+                }
+            }
+            (Kind::AllInOne, ..) => config("all_in_one", "belongs to kind all-in-one, which needs it alone"),
+            (Kind::Ridge, ..) => config("rotations", "belong to kind ridge, which needs them alone"),
+            (_, None, None) => Ok(()),
+            _ => config("kind", "has no all_in_one and no rotations: remove them"),
+        }
     }
 
     fn validate_routes(&self) -> Result<(), FuserError> {
@@ -274,7 +335,7 @@ mod tests {
 
     #[test]
     fn json_round_trip() {
-        for kind in [Kind::C2c, Kind::C2cC, Kind::Ablation(3)] {
+        for kind in [Kind::C2c, Kind::C2cC, Kind::Latent, Kind::Ablation(3)] {
             let config = FuserConfig { kind, ..config() };
             let text = serde_json::to_string(&config).unwrap();
             assert_eq!(serde_json::from_str::<FuserConfig>(&text).unwrap(), config);

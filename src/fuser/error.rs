@@ -35,6 +35,15 @@ pub enum FuserError {
     ParameterType { path: PathBuf, name: String, found: String, expected: String },
     #[error("gates `{text}`: {problem}")]
     Gates { text: String, problem: String },
+    #[error(
+        "a fuser of kind {kind} is not trained by gradients: a ridge map is solved for ([fuser] kind = \"ridge\"), and an \
+         AllInOneProjector is trained where its gate is one number a layer, as in the published recipes"
+    )]
+    Untrainable { kind: super::Kind },
+    #[error("a fuser of kind {kind} does not run on {device}: use --device cpu, or a fuser of another kind")]
+    Unsupported { kind: super::Kind, device: String },
+    #[error("a ridge map {problem}")]
+    Ridge { problem: String },
     #[error(transparent)]
     Contract(#[from] ContractError),
     #[error(transparent)]

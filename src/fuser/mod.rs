@@ -5,6 +5,7 @@
 //! [`crate::ops::fuse`]. This module knows kinds of fusers, their checkpoints, gates and which layer reads which; it
 //! does not know which device runs them.
 
+mod all_in_one;
 mod checkpoint;
 mod config;
 mod contract;
@@ -14,19 +15,26 @@ mod gates;
 mod parameters;
 mod pickle;
 mod published;
+mod ridge;
 mod state;
 
-pub use config::{FuserConfig, Kind, Mapping, Route, Training};
+pub use all_in_one::{AllInOneConfig, FactorConfig};
+pub use config::{FuserConfig, Kind, Mapping, Rotations, Route, Training};
 pub use contract::{ContractError, ContractItem, Digest, Party, check_contract, require_contract};
 pub use error::FuserError;
 pub use fusion_mode::FusionMode;
 pub use gates::{GateOverride, Gates, LayerGates};
-pub use parameters::LayerProjector;
+pub use parameters::{Body, LayerProjector};
 pub use pickle::PickleError;
+pub use ridge::RidgeFit;
 
 use crate::{
     backend::{Backend, DType, Precision, Queue, Tensor},
-    ops::{self, FuseExtent, FuseLayer, FuseOperands, FuseParams, KvPages, Scratch, ShapeError},
+    cache::KeyForm,
+    ops::{
+        self, Baseline, BaselineLayer, BaselineOperands, FuseExtent, FuseLayer, FuseOperands, FuseParams,
+        KvPages, Scratch, ShapeError,
+    },
 };
 use sha2::{Digest as _, Sha256};
 use std::{path::Path, sync::Arc};
@@ -70,20 +78,24 @@ impl Fuser {
     /// Reads a checkpoint: a folder or file in this program's format, or in the published layout.
     ///
     /// Weights stay in the mapped file where the device can read them there.
+    ///
+    /// # Errors
+    /// Also if the device does not run fusers of this kind.
     pub fn load(path: &Path, backend: &Arc<dyn Backend>) -> Result<Fuser, FuserError> {
-        if let Some(folder) = published::find(path) {
-            return published::load(&folder, backend);
-        }
-        match checkpoint::find(path) {
-            Some(weights) => checkpoint::load(&weights, backend),
-            None => Err(FuserError::NoFuser(path.into())),
-        }
+        let fuser = match (published::find(path), checkpoint::find(path)) {
+            (Some(folder), _) => published::load(&folder, backend)?,
+            (None, Some(weights)) => checkpoint::load(&weights, backend)?,
+            (None, None) => return Err(FuserError::NoFuser(path.into())),
+        };
+        require_device(fuser.config.kind, backend)?;
+        Ok(fuser)
     }
 
     /// An untrained fuser: weights by PyTorch's default for linear layers, gates closed, so that it changes nothing
     /// until trained or until its gates are opened by hand. Same seed, same numbers, on every device.
     pub fn init(config: FuserConfig, seed: u64, backend: &Arc<dyn Backend>) -> Result<Fuser, FuserError> {
         config.validate()?;
+        require_device(config.kind, backend)?;
         let queue = Queue::new(backend)?;
         let mut projectors = Vec::new();
         for index in 0..config.projectors() {
@@ -132,7 +144,7 @@ impl Fuser {
             queue.synchronize()?;
             Ok(tensor)
         };
-        let projectors = self.projectors.iter().map(|projector| projector.map(config.kind, copy));
+        let projectors = self.projectors.iter().map(|projector| projector.map(&config, copy));
         let projectors = projectors.collect::<Result<_, FuserError>>()?;
         Ok(Fuser::assemble(config, projectors))
     }
@@ -144,7 +156,7 @@ impl Fuser {
     ) -> Result<Fuser, FuserError> {
         let config = FuserConfig { dtype: DType::F32, ..self.config.clone() };
         let projectors = (self.projectors.iter().enumerate())
-            .map(|(index, p)| p.map(config.kind, |name, tensor| change(index, name, tensor)));
+            .map(|(index, p)| p.map(&config, |name, tensor| change(index, name, tensor)));
         let projectors = projectors.collect::<Result<_, FuserError>>()?;
         Ok(Fuser::assemble(config, projectors))
     }
@@ -169,10 +181,11 @@ impl Fuser {
     /// What scratch and memory of `layers` layers of `tokens` tokens depend on.
     pub fn extent(&self, layers: usize, tokens: usize) -> FuseExtent {
         let (source, target) = (self.config.sharer.width(), self.config.receiver.width());
-        self.projectors.first().map_or_else(FuseExtent::default, |projector| FuseExtent {
+        let halves = self.projectors.first().and_then(LayerProjector::halves);
+        halves.map_or_else(FuseExtent::default, |[keys, _]| FuseExtent {
             layers,
             tokens,
-            ..FuseExtent::new(&projector.keys, source, target, self.config.receiver.kv_heads)
+            ..FuseExtent::new(keys, source, target, self.config.receiver.kv_heads)
         })
     }
 
@@ -212,7 +225,13 @@ impl Fuser {
 
     /// Elements of F32 scratch that [`Fuser::issue`] needs for `layers` layers of `tokens` tokens.
     pub fn scratch_len(&self, backend: &dyn Backend, layers: usize, tokens: usize) -> usize {
-        backend.scratch_len(Scratch::Fuse(self.extent(layers, tokens)))
+        backend.scratch_len(Scratch::Fuse(self.extent(layers, tokens))).max(1)
+    }
+
+    /// Columns of a section that one call may leave for the next: a gate or weight of an AllInOneProjector may depend on all of
+    /// them.
+    pub fn most_tokens(&self, most: usize) -> usize {
+        if self.config.kind == Kind::AllInOne { usize::MAX } else { most }
     }
 
     /// Bytes of all weights.
@@ -235,31 +254,54 @@ impl Fuser {
     ///
     /// Runs as soon as the queue comes to it: make the queue wait for the sharer's and the receiver's layers first. A
     /// layer without projector is a closed one: `base` goes to `out`.
+    ///
+    /// # Errors
+    /// Operands of other shapes, or a fuser that needs to know positions ([`Fuser::issue_at`]).
     pub fn issue(&self, queue: &Queue, call: FuseCall) -> Result<(), ShapeError> {
-        let layers = call.layers.iter().map(|of| {
-            let route = self.routes.get(of.layer).ok_or_else(|| ShapeError {
-                op: "fuse",
-                operand: "layer",
-                found: of.layer.to_string(),
-                expected: format!("less than {}", self.routes.len()),
-            })?;
-            // A closed gate reads no weights, so any projector will do as its operand.
-            let (projector, gates) = match route {
-                Some(route) => (&self.projectors[route.projector], of.gates),
-                None => (&self.projectors[0], [0.0; 2]),
-            };
-            Ok(FuseLayer {
-                keys: projector.keys.clone(),
-                values: projector.values.clone(),
+        self.issue_at(queue, call, Positions::default())
+    }
+
+    /// The same, with the rotary positions of the columns, which a ridge map reads.
+    pub fn issue_at(&self, queue: &Queue, call: FuseCall, positions: Positions) -> Result<(), ShapeError> {
+        let routes: Vec<Option<Route>> = (call.layers.iter())
+            .map(|of| {
+                self.routes.get(of.layer).copied().ok_or_else(|| ShapeError {
+                    op: "fuse",
+                    operand: "layer",
+                    found: of.layer.to_string(),
+                    expected: format!("less than {}", self.routes.len()),
+                })
+            })
+            .collect::<Result<_, ShapeError>>()?;
+        // A closed gate reads no weights, so any projector will do as its operand.
+        let of = |call: &LayerCall, route: Option<Route>| match route {
+            Some(route) => (&self.projectors[route.projector], call.gates),
+            None => (&self.projectors[0], [0.0; 2]),
+        };
+        let calls = call.layers.iter().zip(routes);
+        if self.config.kind.is_baseline() {
+            return self.issue_baseline(
+                queue,
+                call,
+                positions,
+                calls.map(|(call, route)| (call, of(call, route))),
+            );
+        }
+        let layers = calls.filter_map(|(call, route)| {
+            let (projector, gates) = of(call, route);
+            let [keys, values] = projector.halves()?;
+            Some(FuseLayer {
+                keys: keys.clone(),
+                values: values.clone(),
                 gates,
-                source: of.source.clone(),
-                target: of.target.clone(),
-                base: of.base.clone(),
-                out: of.out.clone(),
+                source: call.source.clone(),
+                target: call.target.clone(),
+                base: call.base.clone(),
+                out: call.out.clone(),
             })
         });
         let operands = FuseOperands {
-            layers: layers.collect::<Result<_, ShapeError>>()?,
+            layers: layers.collect(),
             source_slots: call.source_slots.clone(),
             target_slots: call.target_slots.clone(),
             base_slots: call.base_slots.clone(),
@@ -272,5 +314,114 @@ impl Fuser {
             use_target: self.config.kind.has_target(),
         };
         ops::fuse(queue, params, &operands)
+    }
+
+    fn issue_baseline<'a>(
+        &self,
+        queue: &Queue,
+        call: FuseCall,
+        positions: Positions,
+        layers: impl Iterator<Item = (&'a LayerCall<'a>, (&'a LayerProjector, [f32; 2]))>,
+    ) -> Result<(), ShapeError> {
+        let tokens = call.target_slots.elements();
+        let mut angles = Angles { queue, tokens, made: Vec::new() };
+        let mut all = Vec::new();
+        for (call, (projector, gates)) in layers {
+            let projector = match (&projector.body, &self.config.rotations) {
+                (Body::AllInOne(p), _) => Baseline::AllInOne(p.clone()),
+                (Body::Linear(map), Some(rotations)) => {
+                    let source = self.sharer_layer(call.layer).unwrap_or(0);
+                    let angles = [
+                        angles.of(
+                            &rotations.sharer,
+                            source,
+                            positions.source,
+                            self.config.sharer.head_dim,
+                        )?,
+                        angles.of(
+                            &rotations.receiver,
+                            call.layer,
+                            positions.target,
+                            self.config.receiver.head_dim,
+                        )?,
+                    ];
+                    Baseline::Linear(map.clone(), angles)
+                }
+                _ => continue,
+            };
+            all.push(BaselineLayer {
+                projector,
+                gates,
+                source: call.source.clone(),
+                target: call.target.clone(),
+                base: call.base.clone(),
+                out: call.out.clone(),
+            });
+        }
+        let operands = BaselineOperands {
+            layers: all,
+            source_slots: call.source_slots.clone(),
+            target_slots: call.target_slots.clone(),
+            base_slots: call.base_slots.clone(),
+            out_slots: call.out_slots.clone(),
+        };
+        ops::fuse_baseline(queue, tokens, call.precision, &operands)
+    }
+}
+
+/// Rotary positions of a call's columns.
+#[derive(Clone, Copy, Default)]
+pub struct Positions<'a> {
+    pub source: &'a [u32],
+    pub target: &'a [u32],
+}
+
+/// Tables of angles, each made once a call.
+struct Angles<'a> {
+    queue: &'a Queue,
+    tokens: usize,
+    made: Vec<(Vec<f32>, Tensor)>,
+}
+
+impl Angles<'_> {
+    /// Cosines and sines of layer `layer` at `positions`, `[tokens, dim]`.
+    fn of(
+        &mut self,
+        form: &KeyForm,
+        layer: usize,
+        positions: &[u32],
+        dim: usize,
+    ) -> Result<Tensor, ShapeError> {
+        let bad = |found: String, expected: &str| ShapeError {
+            op: "fuse",
+            operand: "positions",
+            found,
+            expected: expected.into(),
+        };
+        if positions.len() != self.tokens {
+            return Err(bad(positions.len().to_string(), "one a column: a ridge map reads them"));
+        }
+        let table: Vec<f32> = match form.rotation(layer) {
+            Some(rotation) => positions.iter().flat_map(|&position| rotation.angles(position)).collect(),
+            None => {
+                positions.iter().flat_map(|_| (0..dim).map(|i| if i < dim / 2 { 1.0 } else { 0.0 })).collect()
+            }
+        };
+        if let Some((_, made)) = self.made.iter().find(|(made, _)| *made == table) {
+            return Ok(made.clone());
+        }
+        let tensor = self.queue.tensor(&table, &[self.tokens, dim], "angles");
+        let tensor = tensor.map_err(|error| bad(error.to_string(), "memory for their angles"))?;
+        self.made.push((table, tensor.clone()));
+        Ok(tensor)
+    }
+}
+
+fn require_device(kind: Kind, backend: &Arc<dyn Backend>) -> Result<(), FuserError> {
+    let lacks =
+        kind.is_joint() && !backend.fuses_jointly() || kind.is_baseline() && backend.baselines().is_none();
+    match lacks {
+        true => Err(FuserError::Unsupported { kind, device: backend.device().into() }),
+        false => Ok(()),
     }
 }

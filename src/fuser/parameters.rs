@@ -2,13 +2,13 @@
 //! how it becomes operands of [`crate::ops::fuse`].
 
 use super::{
-    FuserError,
+    FuserError, all_in_one,
     config::{FuserConfig, Kind},
     state::StateDict,
 };
 use crate::{
     backend::{self, Backend, DType, Tensor},
-    ops::{Ffn, Projector, SourceStage, Weight},
+    ops::{AllInOne, Ffn, LinearMap, Projector, SourceStage, Weight},
     rng::{Purpose, Rng, Stream},
 };
 use half::{bf16, f16};
@@ -18,6 +18,9 @@ use std::{collections::BTreeMap, sync::Arc};
 pub(super) const KEY_GATE: &str = "key_gate_logit";
 pub(super) const VALUE_GATE: &str = "value_gate_logit";
 pub(super) const TEMPERATURE: &str = "gate_temperature";
+
+/// What the parameters that keys and values share begin with, in the place of `key` and `value`.
+const SHARED: &str = "latent";
 
 /// One tensor of a projector.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,16 +34,41 @@ pub(super) struct Parameter {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Start {
     /// U(±1/√fan_in), PyTorch's default of linear layers, weights and biases alike.
-    Uniform { fan_in: usize },
+    Uniform {
+        fan_in: usize,
+    },
     /// Norm weights.
     Ones,
+    Zeros,
 }
 
 /// Every tensor of a projector, keys before values.
 pub(super) fn parameters(config: &FuserConfig) -> Vec<Parameter> {
+    if config.kind == Kind::AllInOne {
+        return all_in_one::parameters(config);
+    }
     let (hidden, inner) = (config.hidden, config.intermediate);
     let (source, target) = (config.sharer.width(), config.receiver.width());
     let mut all = Vec::new();
+    if config.kind == Kind::Ridge {
+        let start = Start::Uniform { fan_in: source };
+        for half in ["key", "value"] {
+            all.push(Parameter { name: format!("{half}_map.weight"), shape: vec![target, source], start });
+            all.push(Parameter { name: format!("{half}_map.bias"), shape: vec![target], start });
+        }
+        return all;
+    }
+    if config.kind.is_joint() {
+        let cols = 2 * (source + target);
+        let mut push = |name: &str, shape: &[usize], start| {
+            all.push(Parameter { name: format!("{SHARED}_{name}"), shape: shape.to_vec(), start });
+        };
+        push("in.weight", &[hidden, cols], Start::Uniform { fan_in: cols });
+        push("in.bias", &[hidden], Start::Uniform { fan_in: cols });
+        push("mlp1.blocks.0.norm.weight", &[hidden], Start::Ones);
+        push("mlp1.blocks.0.w1.weight", &[inner, hidden], Start::Uniform { fan_in: hidden });
+        push("mlp1.blocks.0.w2.weight", &[hidden, inner], Start::Uniform { fan_in: inner });
+    }
     for half in ["key", "value"] {
         let mut push = |name: String, shape: &[usize], start| {
             all.push(Parameter { name: format!("{half}_{name}"), shape: shape.to_vec(), start });
@@ -56,7 +84,9 @@ pub(super) fn parameters(config: &FuserConfig) -> Vec<Parameter> {
             linear("source_out", target, hidden);
             staged = target;
         }
-        linear("in", hidden, staged + if config.kind.has_target() { target } else { 0 });
+        if !config.kind.is_joint() {
+            linear("in", hidden, staged + if config.kind.has_target() { target } else { 0 });
+        }
         if config.kind.has_scalar() {
             linear("scalar_head", config.receiver.kv_heads, hidden);
         }
@@ -69,7 +99,9 @@ pub(super) fn parameters(config: &FuserConfig) -> Vec<Parameter> {
         if config.kind.has_source_stage() {
             ffn("source_mlp.blocks.0".into(), inner);
         }
-        ffn("mlp1.blocks.0".into(), inner);
+        if !config.kind.is_joint() {
+            ffn("mlp1.blocks.0".into(), inner);
+        }
         if config.kind.has_scalar() {
             ffn("scalar_mlp2.blocks.0".into(), hidden);
         }
@@ -80,11 +112,18 @@ pub(super) fn parameters(config: &FuserConfig) -> Vec<Parameter> {
     all
 }
 
+/// What a projector computes with.
+#[derive(Clone)]
+pub enum Body {
+    Halves { keys: Arc<Projector>, values: Arc<Projector> },
+    AllInOne(Arc<AllInOne>),
+    Linear(Arc<LinearMap>),
+}
+
 /// The projector of one receiver layer.
 #[derive(Clone)]
 pub struct LayerProjector {
-    pub keys: Arc<Projector>,
-    pub values: Arc<Projector>,
+    pub body: Body,
     /// Of keys and values; a gate is open where it is positive. Positive too where the kind has no gates.
     pub gate_logits: [f32; 2],
     /// Of the gates in training.
@@ -93,37 +132,58 @@ pub struct LayerProjector {
 }
 
 impl LayerProjector {
-    /// Every tensor by its published name. They share their memory with `keys` and `values`.
+    /// Projectors of keys and values where they are two.
+    pub fn halves(&self) -> Option<[&Arc<Projector>; 2]> {
+        match &self.body {
+            Body::Halves { keys, values } => Some([keys, values]),
+            _ => None,
+        }
+    }
+
+    /// Every tensor by its published name. They share their memory with the body.
     pub fn tensors(&self) -> &BTreeMap<String, Tensor> {
         &self.tensors
     }
 
-    fn new(kind: Kind, tensors: BTreeMap<String, Tensor>, scalars: [f32; 3]) -> LayerProjector {
-        LayerProjector {
-            keys: assemble(kind, "key", &tensors).into(),
-            values: assemble(kind, "value", &tensors).into(),
-            gate_logits: [scalars[0], scalars[1]],
-            temperature: scalars[2],
-            tensors,
-        }
+    fn new(config: &FuserConfig, tensors: BTreeMap<String, Tensor>, scalars: [f32; 3]) -> LayerProjector {
+        let kind = config.kind;
+        let body = match kind {
+            Kind::AllInOne => Body::AllInOne(all_in_one::assemble(config, &tensors)),
+            Kind::Ridge => {
+                let map = |half: &str| {
+                    let tensor = |what: &str| tensors[&format!("{half}_map.{what}")].clone();
+                    Weight::with_bias(tensor("weight"), tensor("bias"))
+                };
+                Body::Linear(Arc::new(LinearMap { keys: map("key"), values: map("value") }))
+            }
+            _ => Body::Halves {
+                keys: assemble(kind, "key", &tensors).into(),
+                values: assemble(kind, "value", &tensors).into(),
+            },
+        };
+        LayerProjector { body, gate_logits: [scalars[0], scalars[1]], temperature: scalars[2], tensors }
     }
 
     /// The same with each tensor replaced by what `change` makes of it.
     pub(super) fn map(
         &self,
-        kind: Kind,
+        config: &FuserConfig,
         mut change: impl FnMut(&str, &Tensor) -> Result<Tensor, FuserError>,
     ) -> Result<LayerProjector, FuserError> {
         let tensors = self.tensors.iter().map(|(name, tensor)| Ok((name.clone(), change(name, tensor)?)));
         let tensors = tensors.collect::<Result<_, FuserError>>()?;
         let [key, value] = self.gate_logits;
-        Ok(LayerProjector::new(kind, tensors, [key, value, self.temperature]))
+        Ok(LayerProjector::new(config, tensors, [key, value, self.temperature]))
     }
 }
 
 /// Operands of the op from tensors that [`parameters`] says are there.
 fn assemble(kind: Kind, half: &str, tensors: &BTreeMap<String, Tensor>) -> Projector {
-    let tensor = |name: String| tensors[&format!("{half}_{name}")].clone();
+    let shared = |name: &str| kind.is_joint() && (name.starts_with("in.") || name.starts_with("mlp1."));
+    let tensor = |name: String| {
+        let half = if shared(&name) { SHARED } else { half };
+        tensors[&format!("{half}_{name}")].clone()
+    };
     let linear =
         |name: &str| Weight::with_bias(tensor(format!("{name}.weight")), tensor(format!("{name}.bias")));
     let ffn = |name: String| Ffn {
@@ -183,7 +243,10 @@ pub(super) fn take(
             *scalar = to_f32(entry(name, &[])?.bytes(), config.dtype);
         }
     }
-    Ok(LayerProjector::new(config.kind, tensors, scalars))
+    if config.kind == Kind::AllInOne {
+        scalars[2] = to_f32(entry(TEMPERATURE, &[])?.bytes(), config.dtype);
+    }
+    Ok(LayerProjector::new(config, tensors, scalars))
 }
 
 /// Gate logits and temperature of a kind without gates.
@@ -215,6 +278,9 @@ pub(super) fn initial(
             return Err(too_big().into());
         }
         numbers.resize(len, 1.0f32);
+        if start == Start::Zeros {
+            numbers.fill(0.0);
+        }
         if let Start::Uniform { fan_in } = start {
             let part = (projector as u32) << 16 | number as u32;
             Rng::new(seed, Stream::new(Purpose::Init, part), 0).fill_uniform(0, &mut numbers);
@@ -227,7 +293,7 @@ pub(super) fn initial(
     }
     let temperature = config.training.initial_temperature as f32;
     let scalars = if config.kind.has_gates() { [0.0, 0.0, temperature] } else { ALWAYS_OPEN };
-    Ok(LayerProjector::new(config.kind, tensors, scalars))
+    Ok(LayerProjector::new(config, tensors, scalars))
 }
 
 /// The first element of `bytes`. The dtype is one of the three that a configuration may have.

@@ -4,7 +4,7 @@
 //! Read in both forms; written with safetensors.
 
 use super::{
-    Fuser, FuserError, LayerProjector, Mapping,
+    Fuser, FuserError, LayerProjector, Mapping, all_in_one,
     checkpoint::{outgoing, prefix, refuse_extra, write_text},
     config::{FuserConfig, Kind, Route, Training, VERSION},
     contract::Party,
@@ -48,6 +48,16 @@ struct ProjectorFile {
     class: String,
     init_args: InitArgs,
 }
+
+/// The same before its class is known.
+#[derive(PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AnyProjectorFile {
+    class: String,
+    init_args: Value,
+}
+
+const ALL_IN_ONE: [&str; 2] = ["AllInOneProjector", "allinoneprojector"];
 
 /// What the projector's class was called with; what is absent has the class's default.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
@@ -133,7 +143,9 @@ impl ProjectorFile {
                     .find(|kind| (kind.has_scalar(), kind.has_gates(), kind.has_target()) == parts)
                     .ok_or_else(|| "has flags that no ablation level corresponds to".into())
             }
-            other => Err(format!("is of class `{other}`; C2CProjector and AblationProjector are read")),
+            other => Err(format!(
+                "is of class `{other}`; C2CProjector, AblationProjector and AllInOneProjector are read"
+            )),
         }
     }
 }
@@ -197,6 +209,10 @@ pub(super) fn load(folder: &Path, backend: &Arc<dyn Backend>) -> Result<Fuser, F
     let routes_path = folder.join(ROUTES);
     let routes = read_routes(&routes_path)?;
     let path = folder.join("projector_0.json");
+    let first: AnyProjectorFile = read_json(&path)?;
+    if ALL_IN_ONE.contains(&first.class.as_str()) {
+        return load_all_in_one(folder, first, routes, backend);
+    }
     let first: ProjectorFile = read_json(&path)?;
     let kind = first.kind().map_err(|problem| FuserError::Field {
         path: path.clone(),
@@ -220,6 +236,8 @@ pub(super) fn load(folder: &Path, backend: &Arc<dyn Backend>) -> Result<Fuser, F
         routes,
         receiver: shape(receiver, layers, args.target_num_heads, args.target_dim),
         sharer: shape(sharer, None, args.source_num_heads, args.source_dim),
+        all_in_one: None,
+        rotations: None,
         training: Training {
             dropout: args.dropout.unwrap_or(defaults.dropout),
             initial_temperature: args.initial_temperature.unwrap_or(defaults.initial_temperature),
@@ -232,18 +250,64 @@ pub(super) fn load(folder: &Path, backend: &Arc<dyn Backend>) -> Result<Fuser, F
         let path = folder.join(format!("projector_{index}.json"));
         let other: ProjectorFile = read_json(&path)?;
         if other.class != first.class || other.init_args != args {
-            let problem = "differ from those of projector 0; a fuser's projectors are alike".into();
-            return Err(FuserError::Field { path, field: "class and init_args".into(), problem });
+            return Err(unlike(path));
         }
     }
-    let projectors = load_weights(folder, &mut config, backend)?;
+    let projectors = load_weights(folder, &mut config, "key_in.weight", backend)?;
     Ok(Fuser::assemble(config, projectors))
 }
 
-/// The weights, and into `config` what dtype they have.
+fn unlike(path: PathBuf) -> FuserError {
+    let problem = "differ from those of projector 0; a fuser's projectors are alike".into();
+    FuserError::Field { path, field: "class and init_args".into(), problem }
+}
+
+fn load_all_in_one(
+    folder: &Path,
+    first: AnyProjectorFile,
+    routes: Vec<Route>,
+    backend: &Arc<dyn Backend>,
+) -> Result<Fuser, FuserError> {
+    let path = folder.join("projector_0.json");
+    let args: all_in_one::InitArgs =
+        serde_json::from_value(first.init_args.clone()).map_err(FuserError::json(&path))?;
+    let (hidden, intermediate, num_layers, training, all_in_one) = args
+        .config()
+        .map_err(|problem| FuserError::Field { path: path.clone(), field: "init_args".into(), problem })?;
+    let (receiver, sharer, mapping) = read_run(folder)?;
+    let layers = routes.iter().map(|route| route.receiver.saturating_add(1)).max();
+    let party = |name, layers, heads, dim| Party { name, layers, ..Party::new(0, heads, dim) };
+    let mut config = FuserConfig {
+        num_layers,
+        routes,
+        training,
+        all_in_one: Some(all_in_one),
+        ..FuserConfig::new(
+            Kind::AllInOne,
+            hidden,
+            intermediate,
+            mapping,
+            &[],
+            party(receiver, layers, args.target_num_heads, args.target_dim),
+            party(sharer, None, args.source_num_heads, args.source_dim),
+        )
+    };
+    config.validate()?;
+    for index in 1..config.projectors() {
+        let path = folder.join(format!("projector_{index}.json"));
+        if read_json::<AnyProjectorFile>(&path)? != first {
+            return Err(unlike(path));
+        }
+    }
+    let projectors = load_weights(folder, &mut config, "gate_temperature", backend)?;
+    Ok(Fuser::assemble(config, projectors))
+}
+
+/// The weights, and into `config` what dtype they have, which is parameter `typical`'s.
 fn load_weights(
     folder: &Path,
     config: &mut FuserConfig,
+    typical: &str,
     backend: &Arc<dyn Backend>,
 ) -> Result<Vec<LayerProjector>, FuserError> {
     let beside = [Some(folder), folder.parent()].into_iter().flatten().map(|folder| folder.join(WEIGHTS));
@@ -256,7 +320,7 @@ fn load_weights(
     let safetensors = beside.into_iter().find(|path| path.is_file());
     if let Some(path) = safetensors {
         let (mut state, _) = read_safetensors(&path)?;
-        set_dtype(config, &state, "projector_0.key_in.weight");
+        set_dtype(config, &state, &format!("projector_0.{typical}"));
         let all = (0..count).map(|index| parameters::take(config, &mut state, &prefix(index), backend));
         let projectors = all.collect::<Result<_, _>>()?;
         refuse_extra(&state)?;
@@ -270,12 +334,16 @@ fn load_weights(
             read_state_dict(&file).map_err(|source| FuserError::Pickle { path: path.clone(), source })?;
         let mut state = StateDict { path, entries };
         if index == 0 {
-            set_dtype(config, &state, "key_in.weight");
+            set_dtype(config, &state, typical);
         }
         projectors.push(parameters::take(config, &mut state, "", backend)?);
         refuse_extra(&state)?;
     }
     Ok(projectors)
+}
+
+fn all_in_one_args(config: &FuserConfig) -> Option<all_in_one::InitArgs> {
+    (config.kind == Kind::AllInOne).then(|| all_in_one::InitArgs::of(config))
 }
 
 /// Writes `final/projector_{i}.json`, `final/projector_config.json`, `config.json` and `projectors.safetensors` into
@@ -285,8 +353,9 @@ pub(super) fn save(fuser: &Fuser, path: &Path, queue: &Queue) -> Result<(), Fuse
     let class = match config.kind {
         Kind::C2c => "C2CProjector",
         Kind::Ablation(_) => "AblationProjector",
-        Kind::C2cC => {
-            let problem = "is c2c-c, which the published layout has no class for".into();
+        Kind::AllInOne => ALL_IN_ONE[0],
+        kind @ (Kind::C2cC | Kind::Latent | Kind::Ridge) => {
+            let problem = format!("is {kind}, which the published layout has no class for");
             return Err(FuserError::Config { field: "kind", problem });
         }
     };
@@ -296,9 +365,9 @@ pub(super) fn save(fuser: &Fuser, path: &Path, queue: &Queue) -> Result<(), Fuse
         _ => "float32",
     };
     let Training { dropout, initial_temperature, final_temperature, anneal_steps } = config.training;
-    let projector = ProjectorFile {
-        class: class.into(),
-        init_args: InitArgs {
+    let mut init_args = json!(all_in_one_args(config));
+    if config.kind != Kind::AllInOne {
+        init_args = json!(InitArgs {
             source_dim: config.sharer.head_dim,
             target_dim: config.receiver.head_dim,
             source_num_heads: config.sharer.kv_heads,
@@ -319,8 +388,9 @@ pub(super) fn save(fuser: &Fuser, path: &Path, queue: &Queue) -> Result<(), Fuse
             use_scalar_weights: None,
             use_gates: None,
             use_target: None,
-        },
-    };
+        });
+    }
+    let projector = json!({"class": class, "init_args": init_args});
     let mapping = match config.mapping {
         Mapping::LastAligned => "last_aligned",
         Mapping::KNearest => "k_nearest",
@@ -344,7 +414,7 @@ pub(super) fn save(fuser: &Fuser, path: &Path, queue: &Queue) -> Result<(), Fuse
     let text = |value| serde_json::to_string_pretty(&value).map_err(FuserError::json(path));
     write_text(&path.join("config.json"), &text(run)?)?;
     write_text(&last.join(ROUTES), &json!({"0": {"1": table}}).to_string())?;
-    let projector = text(serde_json::to_value(projector).map_err(FuserError::json(path))?)?;
+    let projector = text(projector)?;
     for index in 0..config.projectors() {
         write_text(&last.join(format!("projector_{index}.json")), &projector)?;
     }

@@ -17,6 +17,11 @@ impl ModelConfig {
         dtype: DType,
     ) -> Result<PagedKv, cache::Error> {
         let shape = CacheShape { layers: self.layers, kv_heads: self.kv_heads, head_dim: self.head_dim };
+        PagedKv::new(backend, shape, self.key_form(), blocks, block_size, dtype)
+    }
+
+    /// How this model's keys lie in its cache.
+    pub fn key_form(&self) -> KeyForm {
         let rotation = |local: bool| {
             let (inv_freq, scale) = self.inverse_frequencies(local);
             Rotation { inv_freq, scale }
@@ -25,7 +30,7 @@ impl ModelConfig {
             None => vec![rotation(false)],
             Some(_) => self.local.iter().map(|&local| rotation(local)).collect(),
         };
-        PagedKv::new(backend, shape, KeyForm::PostRope(rotations), blocks, block_size, dtype)
+        KeyForm::PostRope(rotations)
     }
 
     /// Rotary embedding in words, the same for the same rotation.

@@ -32,7 +32,9 @@ pub struct SourceStage {
 #[derive(Clone, Debug)]
 pub struct Projector {
     pub source_stage: Option<SourceStage>,
-    /// `[hidden, source_width + target_width]` with bias, source first; `[hidden, source_width]` without a target.
+    /// `[hidden, source_width + target_width]` with bias, source first; `[hidden, source_width]` without a target. Twice as wide,
+    /// `[s_k; s_v; t_k; t_v]`, where it reads keys and values, which not every device does
+    /// ([`crate::backend::Backend::fuses_jointly`]).
     pub input: Weight,
     pub mlp1: Ffn,
     /// FFN block and `[kv_heads, hidden]` head with bias of the per-head weight; `None`: w = 1.
@@ -112,6 +114,8 @@ pub struct FuseExtent {
     pub kv_heads: usize,
     /// FFN blocks of a projector, all of them.
     pub ffns: usize,
+    /// Whether it reads keys and values.
+    pub joint: bool,
 }
 
 impl FuseExtent {
@@ -119,7 +123,19 @@ impl FuseExtent {
         let stage = p.source_stage.as_ref().map_or(0, |stage| stage.input.rows());
         let (hidden, inner) = (p.hidden(), p.inner());
         let ffns = 1 + usize::from(stage > 0) + usize::from(p.scalar.is_some()) + p.blocks.len();
-        FuseExtent { layers: 0, tokens: 0, hidden, inner, stage, source_width, target_width, kv_heads, ffns }
+        let joint = stage == 0 && source_width > 0 && p.input.cols() == 2 * (source_width + target_width);
+        FuseExtent {
+            layers: 0,
+            tokens: 0,
+            hidden,
+            inner,
+            stage,
+            source_width,
+            target_width,
+            kv_heads,
+            ffns,
+            joint,
+        }
     }
 }
 
@@ -131,6 +147,7 @@ impl FuseExtent {
 pub fn fuse(queue: &Queue, p: FuseParams, operands: &FuseOperands) -> Result<(), ShapeError> {
     const OP: &str = "fuse";
     let Some(extent) = check_fuse(OP, p, operands)? else { return Ok(()) };
+    check_joint(OP, queue, extent)?;
     check_scratch(OP, queue, &operands.scratch, Scratch::Fuse(extent))?;
     queue.backend().fuse(queue.id(), p, extent, operands);
     Ok(())
@@ -181,6 +198,18 @@ pub(super) fn check_fuse(
     Ok(first.map(|extent| FuseExtent { layers: o.layers.len(), tokens, ..extent }))
 }
 
+pub(super) fn check_joint(op: &'static str, queue: &Queue, extent: FuseExtent) -> Result<(), ShapeError> {
+    if !extent.joint || queue.backend().fuses_jointly() {
+        return Ok(());
+    }
+    Err(ShapeError {
+        op,
+        operand: "input",
+        found: "a projector that reads keys and values".into(),
+        expected: format!("one that reads either: {} has no other", queue.backend().device()),
+    })
+}
+
 fn check_layer(layer: &FuseLayer, use_target: bool, scratch: &Tensor) -> Result<FuseExtent, ShapeError> {
     const OP: &str = "fuse";
     layer.source.check(OP, "source.keys", "source.values")?;
@@ -213,7 +242,8 @@ fn check_projector(
     let hidden = p.hidden();
     let staged = if p.source_stage.is_some() { target_width } else { source_width };
     let input = staged + if use_target { target_width } else { 0 };
-    weight("input", &p.input, hidden, input)?;
+    let joint = use_target && p.source_stage.is_none() && p.input.cols() == 2 * input;
+    weight("input", &p.input, hidden, if joint { 2 * input } else { input })?;
     ffn("mlp1", &p.mlp1, hidden)?;
     if let Some((block, head)) = &p.scalar {
         ffn("scalar", block, hidden)?;

@@ -4,7 +4,9 @@
 
 use super::{
     FuseOperands, FuseParams, KvPages, Projector, Scratch, ShapeError, Weight, check, check_apart,
-    fuse::check_fuse, scratch::check_scratch, training,
+    fuse::{check_fuse, check_joint},
+    scratch::check_scratch,
+    training,
 };
 use crate::backend::{DType, Queue, Tensor};
 use std::sync::Arc;
@@ -61,6 +63,7 @@ fn check_tapes(
 ) -> Result<super::FuseExtent, ShapeError> {
     let tokens = p.fuse.tokens as usize;
     let extent = check_fuse(op, p.fuse, o)?.unwrap_or_default();
+    check_joint(op, queue, extent)?;
     if tapes.len() != o.layers.len() || !(0.0..1.0).contains(&p.dropout) {
         return Err(ShapeError {
             op,

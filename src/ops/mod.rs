@@ -9,6 +9,7 @@ pub mod cases;
 mod dropout;
 mod embed;
 mod fuse;
+mod fuse_baseline;
 mod fuse_training;
 mod gather;
 mod glu;
@@ -27,6 +28,11 @@ pub use dropout::{DropoutParams, dropout};
 pub use embed::{EmbedParams, embed, embed_backward};
 pub(crate) use fuse::FUSE_CHUNK;
 pub use fuse::{Ffn, FuseExtent, FuseLayer, FuseOperands, FuseParams, Projector, SourceStage, fuse};
+pub use fuse_baseline::{
+    AllInOne, Baseline, BaselineGrads, BaselineLayer, BaselineOperands, BaselineTape, BaselineTraining,
+    Factor, Features, Granularity, LinearMap, Mlp, MlpLayer, Nonlinearity, SelfTerm, fuse_baseline,
+    fuse_baseline_backward, fuse_baseline_forward,
+};
 pub use fuse_training::{FuseGrads, FuseTape, FuseTrainingParams, dropout_part, fuse_backward, fuse_forward};
 pub use gather::{KvPages, MAX_HEAD_DIM, copy_slots, gather_rows};
 pub use glu::{Activation, GluParams, glu, glu_backward, linear_glu, soft_cap};

@@ -3,6 +3,7 @@
 use super::{Error, Lane};
 use crate::{
     engine::{Sampled, Sampler, SamplingParams, StopMatcher, TokenLogprobs},
+    ops::{SampleRow, SampledRow},
     tokenizer::Detokenizer,
 };
 use serde::Serialize;
@@ -41,16 +42,58 @@ pub struct Stream<'a> {
     pub keep_scores: bool,
 }
 
-/// Decodes from `logits`, the logits after the last token in `lane`.
+/// What an answer is decoded on: caches that grow by a token a step.
+pub trait Decode {
+    /// Token ids in the cache.
+    fn ids(&self) -> &[u32];
+
+    /// Whether the answer has to end with the token that comes next.
+    fn is_full(&self) -> bool;
+
+    /// Appends `id` and returns the logits `[vocab]` after it.
+    fn step(&mut self, id: u32) -> Result<Vec<f32>, Error>;
+
+    /// The same on a device that draws: what it drew. `None`, and nothing is done, where none does.
+    fn step_drawn(&mut self, _id: u32, _row: &SampleRow) -> Result<Option<SampledRow>, Error> {
+        Ok(None)
+    }
+
+    /// Logits `[vocab]` after the last step, which was drawn on the device.
+    fn step_logits(&self) -> Result<Vec<f32>, Error>;
+}
+
+impl Decode for Lane {
+    fn ids(&self) -> &[u32] {
+        Lane::ids(self)
+    }
+
+    fn is_full(&self) -> bool {
+        Lane::ids(self).len() + 1 >= self.decoder.config.context_length
+    }
+
+    fn step(&mut self, id: u32) -> Result<Vec<f32>, Error> {
+        Lane::step(self, id)
+    }
+
+    fn step_drawn(&mut self, id: u32, row: &SampleRow) -> Result<Option<SampledRow>, Error> {
+        Lane::step_drawn(self, id, row)
+    }
+
+    fn step_logits(&self) -> Result<Vec<f32>, Error> {
+        Lane::step_logits(self)
+    }
+}
+
+/// Decodes from `logits`, the logits after the last token in `on`.
 ///
-/// Each drawn token but the last is appended to the lane: its cache then holds the prompt and the answer so far.
+/// Each drawn token but the last is appended: the cache then holds the prompt and the answer so far.
 pub fn generate(
-    lane: &mut Lane,
+    on: &mut dyn Decode,
     logits: Vec<f32>,
     params: &SamplingParams,
     mut stream: Stream,
 ) -> Result<Generation, Error> {
-    let mut sampler = Sampler::new(params.clone(), lane.ids())?;
+    let mut sampler = Sampler::new(params.clone(), on.ids())?;
     let mut stop = StopMatcher::new(&params.stop);
     let mut answer = Generation {
         tokens: Vec::new(),
@@ -86,12 +129,10 @@ pub fn generate(
                 return Ok(answer);
             }
         }
-        if answer.tokens.len() == params.max_new_tokens
-            || lane.ids().len() + 1 >= lane.decoder.config.context_length
-        {
+        if answer.tokens.len() == params.max_new_tokens || on.is_full() {
             break;
         }
-        next = step(lane, &mut sampler, sampled.token, stream.keep_scores)?;
+        next = step(on, &mut sampler, sampled.token, stream.keep_scores)?;
     }
     if let Some(detokenizer) = stream.detokenizer.take() {
         let step = stop.push(&detokenizer.finish());
@@ -113,14 +154,14 @@ enum Next {
     Sampled(Sampled),
 }
 
-fn step(lane: &mut Lane, sampler: &mut Sampler, id: u32, keep_scores: bool) -> Result<Next, Error> {
+fn step(on: &mut dyn Decode, sampler: &mut Sampler, id: u32, keep_scores: bool) -> Result<Next, Error> {
     let row = sampler.row().filter(|_| !keep_scores);
-    let Some(drawn) = row.map(|row| lane.step_drawn(id, &row)).transpose()?.flatten() else {
-        return Ok(Next::Logits(lane.step(id)?));
+    let Some(drawn) = row.map(|row| on.step_drawn(id, &row)).transpose()?.flatten() else {
+        return Ok(Next::Logits(on.step(id)?));
     };
     match sampler.accept(&drawn)? {
         Some(sampled) => Ok(Next::Sampled(sampled)),
-        None => Ok(Next::Logits(lane.step_logits()?)),
+        None => Ok(Next::Logits(on.step_logits()?)),
     }
 }
 

@@ -163,6 +163,50 @@ impl Lane {
         Ok(events)
     }
 
+    /// Takes slots for `ids` at `positions`, whose keys and values somebody else writes there: [`Lane::pass_over`] runs
+    /// the model over them. The slots; on other queues they may be written once this one has come here.
+    pub fn take(&mut self, ids: &[u32], positions: &[u32]) -> Result<Vec<u32>, Error> {
+        let slots = self.kv.append(&self.queue, &mut self.table, ids.len())?;
+        self.slots.extend(&slots);
+        self.ids.extend(ids);
+        self.next_position = positions.last().map_or(self.next_position, |last| last + 1);
+        Ok(slots)
+    }
+
+    /// Runs the model over the last tokens in the cache, one for each of `positions`: they attend to the keys and values
+    /// that lie there. Those that the pass itself computes go to `aside`, slots of the same pages that no sequence has.
+    ///
+    /// # Panics
+    /// If there are more tokens than a pass has room for, fewer in the cache, or not as many slots.
+    pub fn pass_over(
+        &mut self,
+        positions: &[u32],
+        aside: &[u32],
+        before_layer: impl Fn(&Queue, usize),
+    ) -> Result<(), Error> {
+        assert_eq!(positions.len(), aside.len(), "a slot for each token");
+        let ids = &self.ids[self.ids.len() - positions.len()..];
+        let blocks = self.table.block_ids();
+        let step = SequenceStep { ids, positions, slots: aside, blocks: &blocks, context: self.slots.len() };
+        let batch = Batch::new(&self.queue, &self.decoder.config, &[step])?;
+        self.decoder.forward(
+            &self.queue,
+            &batch,
+            self.kv.layers(),
+            &self.activations,
+            Goal::Hidden,
+            |layer| before_layer(&self.queue, layer),
+            |_| {},
+        )?;
+        self.last_row = positions.len() - 1;
+        Ok(())
+    }
+
+    /// Most tokens of one pass.
+    pub fn pass_capacity(&self) -> usize {
+        self.activations.extent().tokens
+    }
+
     /// Logits `[vocab]` after the last appended token.
     pub fn logits(&self) -> Result<Vec<f32>, Error> {
         Ok(self.decoder.logits(&self.queue, Pass::Decode, &self.activations, &[self.last_row as u32])?)

@@ -9,7 +9,7 @@ use super::{Error, Lane};
 use crate::{
     align::Section,
     backend::{DType, Event, Queue, Tensor},
-    fuser::{FuseCall, Fuser, FusionMode, Gates, LayerCall},
+    fuser::{FuseCall, Fuser, FusionMode, Gates, LayerCall, Positions},
     model::Goal,
     ops::{self, KvPages},
 };
@@ -371,7 +371,8 @@ impl Link {
                         scratch: &scratch,
                         precision: self.receiver.decoder.precision,
                     };
-                    self.fusers[sharer].issue(&self.queue, call)?;
+                    let positions = Positions { source: &part.positions[0], target: &part.positions[1] };
+                    self.fusers[sharer].issue_at(&self.queue, call, positions)?;
                 }
             }
             for layer in group {
@@ -434,11 +435,17 @@ impl Link {
             .collect();
         let (theirs, ours) = (self.sharers[sharer].slots(), self.receiver.slots());
         let mut parts = Vec::new();
-        for part in aligned.chunks(MAX_FUSE) {
+        for part in aligned.chunks(self.fusers[sharer].most_tokens(MAX_FUSE)) {
             let source: Vec<u32> = part.iter().map(|&(_, column)| theirs[column as usize]).collect();
             let target: Vec<u32> = part.iter().map(|&(token, _)| ours[token]).collect();
             let in_copy: Vec<u32> = part.iter().map(|&(token, _)| (token - start) as u32).collect();
+            let own = &prompt.sharers[sharer].positions;
+            let positions = [
+                part.iter().map(|&(_, column)| own[column as usize]).collect(),
+                part.iter().map(|&(token, _)| prompt.positions[token]).collect(),
+            ];
             parts.push(Part {
+                positions,
                 source: self.slots_tensor(&source)?,
                 target: self.slots_tensor(&target)?,
                 in_copy: copied.then(|| self.slots_tensor(&in_copy)).transpose()?,
@@ -464,7 +471,8 @@ impl Link {
     /// Elements of scratch for `layers` layers of `tokens` tokens.
     fn scratch_need(&self, selected: &[usize], layers: usize, tokens: usize) -> usize {
         let backend = self.queue.backend().as_ref();
-        let need = |&sharer: &usize| self.fusers[sharer].scratch_len(backend, layers, tokens.min(MAX_FUSE));
+        let most = |sharer: usize| tokens.min(self.fusers[sharer].most_tokens(MAX_FUSE));
+        let need = |&sharer: &usize| self.fusers[sharer].scratch_len(backend, layers, most(sharer));
         selected.iter().map(need).max().unwrap_or(0)
     }
 
@@ -491,6 +499,8 @@ struct Columns {
 }
 
 struct Part {
+    /// Rotary positions of the source's columns and of the target's.
+    positions: [Vec<u32>; 2],
     source: Tensor,
     target: Tensor,
     /// The target's slots in the plain copy, where there is one: the tokens' places in the section.

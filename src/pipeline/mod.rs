@@ -4,6 +4,7 @@
 
 mod answer;
 mod generate;
+mod include_response;
 mod lane;
 mod link;
 mod model;
@@ -12,7 +13,8 @@ mod session;
 pub(crate) mod t2t;
 
 pub use answer::{Answer, TimingsMs, TokensPerSecond, peak_rss_bytes};
-pub use generate::{FinishReason, Generation, Stream, generate};
+pub use generate::{Decode, FinishReason, Generation, Stream, generate};
+pub use include_response::{Conversation, ResponseLink};
 pub use lane::Lane;
 pub use link::{Link, Overlap, PrefillReport, Prompt, SharerPrompt, WantedLogits};
 pub use model::Model;
@@ -69,6 +71,14 @@ pub enum Error {
          --mode receiver --receiver SHARER)"
     )]
     ReplayMode(Mode),
+    #[error("--include-response fuses tokens of the answer: it goes with --mode c2c, not with mode {0:?}")]
+    ResponseMode(Mode),
+    #[error(
+        "--include-response lets the sharer read the answer token by token as the receiver's ids, and the vocabulary of \
+         {sharer} is another: give a sharer with the receiver's tokenizer (or --alignment none, to let it read those ids \
+         whatever they mean to it)"
+    )]
+    ResponseVocabulary { sharer: String },
     #[error(transparent)]
     Write(#[from] durable::WriteError),
     #[error("{path}: {reason}")]

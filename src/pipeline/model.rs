@@ -65,8 +65,16 @@ impl Model {
     ) -> FuserConfig {
         let (mine, other) = (self.decoder.config.layers, sharer.decoder.config.layers);
         let sources: Vec<usize> = mapping.sources(mine, other).iter().map(|sources| sources[0]).collect();
+        let rotations = fuser::Rotations {
+            receiver: self.decoder.config.key_form(),
+            sharer: sharer.decoder.config.key_form(),
+        };
         let (receiver, sharer) = (self.party(), sharer.party());
-        FuserConfig::new(kind, hidden, intermediate, mapping.into(), &sources, receiver, sharer)
+        let rotations = (kind == fuser::Kind::Ridge).then_some(rotations);
+        FuserConfig {
+            rotations,
+            ..FuserConfig::new(kind, hidden, intermediate, mapping.into(), &sources, receiver, sharer)
+        }
     }
 
     /// # Errors

@@ -231,12 +231,11 @@ pub fn replay(session: &Session, path: &Path, params: &SamplingParams) -> Result
     let mut sequences = Vec::new();
     for row in 0..rows {
         let Row { prompt, kept, read } = input.prompt(path, row, session.sharers.len())?;
-        let sharer_tokens: Vec<usize> = prompt.sharers.iter().map(|own| own.ids.len()).collect();
         let room = capped(prompt.ids.len(), params, session.receiver()?);
-        let mut link = session.link(room, &sharer_tokens)?;
+        let mut link = session.conversation(&prompt, room)?;
         plain_receiver(session, &prompt, &kept, row, &input, &mut dump)?;
         let (logits, _) = link.prefill(&prompt, WantedLogits::LastSection)?;
-        let vocab = link.receiver.decoder.weights.lm_head.rows();
+        let vocab = link.link().receiver.decoder.weights.lm_head.rows();
         let tail: Vec<usize> = kept.iter().copied().filter(|&column| column >= last).collect();
         let places: Vec<usize> = tail.iter().map(|column| row * (width - last) + column - last).collect();
         dump.scatter("logits", &[rows, width - last, vocab], &places, &logits);
@@ -249,17 +248,27 @@ pub fn replay(session: &Session, path: &Path, params: &SamplingParams) -> Result
                 }
             }
         }
-        dump.caches("fused", &link.receiver, Place { rows, width, row, kept: &kept })?;
-        for (index, (lane, theirs)) in link.sharers.iter().zip(&read).enumerate() {
-            let place = Place { rows, width: last, row, kept: theirs };
+        let whole = Place { rows, width, row, kept: &kept };
+        dump.caches("fused", &link.link().receiver, whole)?;
+        if let Some(clean) = link.clean() {
+            dump.caches("clean_receiver", clean, whole)?;
+        }
+        for (index, (lane, theirs)) in link.link().sharers.iter().zip(&read).enumerate() {
+            // A sharer that reads the answer too reads the receiver's tokens from the last section on.
+            let theirs: Vec<usize> = match link.clean() {
+                Some(_) => theirs.iter().chain(&tail).copied().collect(),
+                None => theirs.clone(),
+            };
+            let width = if link.clean().is_some() { width } else { last };
+            let place = Place { rows, width, row, kept: &theirs };
             dump.caches(&format!("sharer{}", index + 1), lane, place)?;
         }
         if params.max_new_tokens > 0 {
             let at = logits.len() - vocab;
             // As the published program: decoded tokens sit behind the whole row, masked tokens included.
-            link.receiver.continue_at(width as u32);
+            link.continue_at(width as u32);
             let stream = Stream { detokenizer: None, on_text: &mut |_| {}, keep_scores: true };
-            let answer = generate(&mut link.receiver, logits[at..].to_vec(), params, stream)?;
+            let answer = generate(&mut *link, logits[at..].to_vec(), params, stream)?;
             sequences.push((row, answer));
         }
     }

@@ -151,6 +151,8 @@ pub struct Session {
     /// For each fuser, per receiver layer.
     pub gates: Vec<Gates>,
     options: SessionOptions,
+    /// Whether the answer's own tokens are fused, see [`Session::including_response`].
+    pub(super) include_response: bool,
     aligner: OnceLock<Aligner>,
     load: Duration,
 }
@@ -203,7 +205,9 @@ impl Session {
             }
         }
         let (aligner, load) = (OnceLock::new(), start.elapsed());
-        let session = Session { backend, receiver, sharers, fusers, gates, options, aligner, load };
+        let include_response = false;
+        let session =
+            Session { backend, receiver, sharers, fusers, gates, options, include_response, aligner, load };
         session.log_memory("after loading");
         Ok(session)
     }
@@ -218,25 +222,44 @@ impl Session {
         self.options.mode
     }
 
+    pub(super) fn alignment(&self) -> Alignment {
+        self.options.alignment
+    }
+
     pub(super) fn receiver(&self) -> Result<&Model, Error> {
         self.receiver.as_ref().ok_or(Error::MissingModel { mode: self.options.mode, what: "--receiver" })
     }
 
     /// A lane of `model` for `tokens` tokens.
     pub fn lane(&self, model: &Model, tokens: usize) -> Result<Lane, Error> {
+        self.lane_beside(model, tokens, 0)
+    }
+
+    /// The same, with room for `aside` tokens of no sequence in its pages.
+    fn lane_beside(&self, model: &Model, tokens: usize, aside: usize) -> Result<Lane, Error> {
         let config = &model.decoder.config;
         if tokens > config.context_length {
             let (model, limit) = (model.path.display().to_string(), config.context_length);
             return Err(Error::ContextExceeded { model, tokens, limit });
         }
-        let blocks = tokens.div_ceil(BLOCK_SIZE).max(1);
+        let blocks = tokens.div_ceil(BLOCK_SIZE).max(1) + aside.div_ceil(BLOCK_SIZE);
         let kv = config.paged_kv(&self.backend, blocks, BLOCK_SIZE, self.options.dtype.kv())?;
         Lane::new(model.decoder.clone(), Queue::new(&self.backend)?, kv, tokens)
     }
 
     /// A receiver linked to all sharers, with room for `receiver_tokens` and `sharer_tokens[i]` tokens.
     pub fn link(&self, receiver_tokens: usize, sharer_tokens: &[usize]) -> Result<Link, Error> {
-        let receiver = self.lane(self.receiver()?, receiver_tokens)?;
+        self.link_beside(receiver_tokens, sharer_tokens, 0)
+    }
+
+    /// The same, with room for `aside` tokens of no sequence in the receiver's pages.
+    pub(super) fn link_beside(
+        &self,
+        receiver_tokens: usize,
+        sharer_tokens: &[usize],
+        aside: usize,
+    ) -> Result<Link, Error> {
+        let receiver = self.lane_beside(self.receiver()?, receiver_tokens, aside)?;
         let lanes = self.sharers.iter().zip(sharer_tokens).map(|(model, &tokens)| self.lane(model, tokens));
         let sharers = lanes.collect::<Result<Vec<Lane>, Error>>()?;
         let o = &self.options;
@@ -403,18 +426,21 @@ impl Session {
         let prompt = Prompt::from(aligned);
         let params = self.with_stops(receiver, params)?;
         let sharer_tokens: Vec<usize> = prompt.sharers.iter().map(|own| own.ids.len()).collect();
-        let mut link = self.link(capped(prompt.ids.len(), &params, receiver), &sharer_tokens)?;
+        let mut link = self.conversation(&prompt, capped(prompt.ids.len(), &params, receiver))?;
         let (logits, report) = link.prefill(&prompt, WantedLogits::Last)?;
         let first_token = start.elapsed();
         let stream =
             Stream { detokenizer: Some(receiver.tokenizer()?.detokenizer()), on_text, keep_scores: false };
-        let generation = generate(&mut link.receiver, logits, &params, stream)?;
+        let generation = generate(&mut *link, logits, &params, stream)?;
         let mut answer = self.blank(generation);
         answer.kv_bytes = link.kv_bytes() as u64;
         answer.prompt_tokens = prompt.ids.len();
         answer.sharer_prompt_tokens = sharer_tokens;
         answer.timings_ms.align = ms(align);
         answer.prefill(&report);
+        let (tokens, bytes) = link.fused_since_prefill();
+        answer.fused_tokens += tokens;
+        answer.fused_kv_bytes += bytes;
         answer.timings_ms.first_token = ms(first_token);
         answer.timings_ms.total = ms(start.elapsed());
         answer.rates();

@@ -49,11 +49,35 @@ impl BatchCache {
 
     /// Takes slots for the next tokens of every sequence; the batch that a pass over them runs on.
     pub fn append(&mut self, queue: &Queue, decoder: &Decoder, pieces: &[Piece]) -> Result<Batch, Error> {
-        let mut starts = Vec::new();
+        let mut taken = Vec::new();
         for ((piece, table), slots) in pieces.iter().zip(&mut self.tables).zip(&mut self.slots) {
-            starts.push(slots.len());
-            slots.extend(self.kv.append(queue, table, piece.ids.len())?);
+            let new = self.kv.append(queue, table, piece.ids.len())?;
+            slots.extend(&new);
+            taken.push(new);
         }
+        self.batch(queue, decoder, pieces, &taken)
+    }
+
+    /// The batch of a pass over the last tokens of every sequence, whose keys and values lie in the cache already. Those that
+    /// the pass itself computes go to slots aside: [`BatchCache::begin`] was given one sequence more, as long as all these
+    /// tokens, that nothing was appended to.
+    pub fn over(&mut self, queue: &Queue, decoder: &Decoder, pieces: &[Piece]) -> Result<Batch, Error> {
+        let table = self.tables.last_mut().expect("a sequence more than there are samples");
+        let mut aside = Vec::new();
+        for piece in pieces {
+            aside.push(self.kv.append(queue, table, piece.ids.len())?);
+        }
+        self.batch(queue, decoder, pieces, &aside)
+    }
+
+    /// The batch of a pass whose keys and values go to `slots`, a list for each piece.
+    fn batch(
+        &self,
+        queue: &Queue,
+        decoder: &Decoder,
+        pieces: &[Piece],
+        slots: &[Vec<u32>],
+    ) -> Result<Batch, Error> {
         let blocks: Vec<Vec<u32>> = self.tables.iter().map(BlockTable::block_ids).collect();
         let mut steps = Vec::new();
         for (i, piece) in pieces.iter().enumerate() {
@@ -63,7 +87,7 @@ impl BatchCache {
             steps.push(SequenceStep {
                 ids: piece.ids,
                 positions: piece.positions,
-                slots: &self.slots[i][starts[i]..],
+                slots: &slots[i],
                 blocks: &blocks[i],
                 context: self.slots[i].len(),
             });
@@ -79,13 +103,20 @@ impl BatchCache {
 
     /// Runs the model over the next tokens of every sequence, which nobody learns from.
     pub fn prefill(&mut self, queue: &Queue, decoder: &Decoder, pieces: &[Piece]) -> Result<(), Error> {
-        self.pass(queue, decoder, pieces, Goal::Cache)
+        let batch = self.append(queue, decoder, pieces)?;
+        self.pass(queue, decoder, &batch, Goal::Cache)
     }
 
     /// The same, and the logits `[vocab]` after the last token of the last sequence.
     pub fn logits(&mut self, queue: &Queue, decoder: &Decoder, pieces: &[Piece]) -> Result<Vec<f32>, Error> {
-        self.pass(queue, decoder, pieces, Goal::Hidden)?;
-        let last = pieces.iter().map(|piece| piece.ids.len()).sum::<usize>().saturating_sub(1);
+        let batch = self.append(queue, decoder, pieces)?;
+        self.logits_of(queue, decoder, &batch)
+    }
+
+    /// The logits `[vocab]` after the last token of a batch of this cache.
+    pub fn logits_of(&mut self, queue: &Queue, decoder: &Decoder, batch: &Batch) -> Result<Vec<f32>, Error> {
+        self.pass(queue, decoder, batch, Goal::Hidden)?;
+        let last = batch.tokens - 1;
         let activations = self.activations.as_ref().expect("a pass leaves them");
         Ok(decoder.logits(queue, Pass::Decode, activations, &[last as u32])?)
     }
@@ -110,14 +141,13 @@ impl BatchCache {
         Ok(())
     }
 
-    fn pass(&mut self, queue: &Queue, decoder: &Decoder, pieces: &[Piece], goal: Goal) -> Result<(), Error> {
-        let batch = self.append(queue, decoder, pieces)?;
+    fn pass(&mut self, queue: &Queue, decoder: &Decoder, batch: &Batch, goal: Goal) -> Result<(), Error> {
         let extent = Extent { tokens: batch.tokens, sequences: 1, context: BLOCK_SIZE };
         let activations = match self.activations.take().filter(|a| a.extent().tokens >= batch.tokens) {
             Some(activations) => activations,
             None => Activations::new(queue.backend(), &decoder.config, decoder.precision, extent)?,
         };
-        decoder.forward(queue, &batch, self.kv.layers(), &activations, goal, |_| {}, |_| {})?;
+        decoder.forward(queue, batch, self.kv.layers(), &activations, goal, |_| {}, |_| {})?;
         self.activations = Some(activations);
         Ok(())
     }

@@ -34,6 +34,9 @@ pub struct TrainConfig {
     /// How several sharers meet: `sequential` (default) or `parallel`.
     #[serde(with = "names::text")]
     pub multi_sharer: FusionMode,
+    /// Fuse the tokens of the answer too, as `generate --include-response` does; `false` by default.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub include_response: bool,
     /// Folder for checkpoints, log and report; `runs/train` by default.
     pub out: PathBuf,
     /// Keep the sharers' caches in this folder, so that only the first epoch computes them. Not kept by default.
@@ -84,6 +87,7 @@ impl Default for TrainConfig {
             sharers: Vec::new(),
             alignment: Alignment::default(),
             multi_sharer: FusionMode::default(),
+            include_response: false,
             out: "runs/train".into(),
             cache_sharer: None,
             seed: 42,
@@ -123,9 +127,10 @@ pub enum What {
 pub struct FuserSettings {
     /// Go on with these fusers' weights, one for each sharer; the other keys but `dropout` then do not apply.
     pub checkpoints: Vec<PathBuf>,
-    /// `c2c` (default), `c2c-c` or `ablation:0` … `ablation:4`.
+    /// `c2c` (default), `c2c-c`, `latent` or `ablation:0` … `ablation:4` or `all-in-one` (as the published recipes have it), which are trained; `ridge`, which is solved
+    /// for.
     pub kind: Kind,
-    /// Width of the projector's residual stream; 1024 by default.
+    /// Width of the projector's residual stream, under `latent` of the latent; 1024 by default.
     pub hidden: usize,
     /// Inner width of its blocks; 1024 by default.
     pub intermediate: usize,
@@ -136,6 +141,15 @@ pub struct FuserSettings {
     pub mapping: LayerMapping,
     /// The part of a block's outputs that is zeroed in training; 0.1 by default.
     pub dropout: f64,
+    /// Under kind `ridge`: how much the map is held back, in parts of the inputs' mean variance; 0.01 by default.
+    #[serde(skip_serializing_if = "is_default_ridge")]
+    pub ridge_lambda: f64,
+}
+
+const RIDGE_LAMBDA: f64 = 0.01;
+
+fn is_default_ridge(lambda: &f64) -> bool {
+    *lambda == RIDGE_LAMBDA
 }
 
 impl Default for FuserSettings {
@@ -148,6 +162,7 @@ impl Default for FuserSettings {
             layers: 3,
             mapping: LayerMapping::LAST_ALIGNED,
             dropout: 0.1,
+            ridge_lambda: RIDGE_LAMBDA,
         }
     }
 }
@@ -399,7 +414,7 @@ impl TrainConfig {
         }
         let OptimizerSettings { learning_rate, warmup_ratio, weight_decay, betas, epsilon, clip, .. } =
             self.optimizer;
-        let ranges: [(&'static str, f64, bool, &str); 12] = [
+        let ranges: [(&'static str, f64, bool, &str); 13] = [
             (
                 "train_ratio",
                 self.train_ratio,
@@ -411,6 +426,12 @@ impl TrainConfig {
                 self.fuser.dropout,
                 (0.0..1.0).contains(&self.fuser.dropout),
                 "0 or more, below 1",
+            ),
+            (
+                "fuser.ridge_lambda",
+                self.fuser.ridge_lambda,
+                self.fuser.ridge_lambda >= 0.0 && self.fuser.ridge_lambda.is_finite(),
+                "0 or more",
             ),
             (
                 "lora.dropout",

@@ -28,6 +28,7 @@ mod sample;
 pub mod schedule;
 mod sharer_store;
 pub mod tensorboard;
+mod trained_all_in_one;
 mod trained_fuser;
 mod trainee;
 
@@ -68,6 +69,11 @@ pub enum Error {
     AdapterOfAdapter { path: PathBuf },
     #[error("several processes: {0}")]
     Ranks(String),
+    #[error(
+        "include_response lets the sharer read the answer as the receiver's ids, and the vocabulary of {sharer} is another: \
+         give a sharer with the receiver's tokenizer, or alignment = \"none\" to let it read those ids whatever they mean to it"
+    )]
+    ResponseVocabulary { sharer: String },
     #[error("{device} cannot train: use --device cpu")]
     NoTraining { device: String },
     #[error(

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     backend::{DType, Event, Queue, Tensor},
-    fuser::{FusionMode, LayerCall},
+    fuser::{FusionMode, LayerCall, Positions, RidgeFit},
     model::Decoder,
     ops::{self, IGNORED, KvPages},
     rng::normal,
@@ -29,6 +29,8 @@ pub struct PairTrainer {
     pub seed: u64,
     /// Caches on disk, one a sharer; or empty.
     pub stores: Vec<SharerStore>,
+    /// Whether the tokens behind the fused section are fused too ([`Sample::including_response`] says with what).
+    pub include_response: bool,
     receiver_cache: BatchCache,
     sharer_caches: Vec<BatchCache>,
     pass: Option<TrainingPass>,
@@ -140,6 +142,7 @@ impl PairTrainer {
             dropout,
             seed,
             stores: Vec::new(),
+            include_response: false,
             receiver_cache,
             sharer_caches,
             pass,
@@ -162,9 +165,49 @@ impl PairTrainer {
         Ok(())
     }
 
+    /// The tokens that are fused with columns of sharer `s`.
+    fn fused_tokens(&self, sample: &Sample, cut: &Cut, s: usize) -> Vec<usize> {
+        let prompt = if cut.mask >> s & 1 == 1 { cut.fused.clone() } else { 0..0 };
+        let response = if self.include_response { cut.fused.end..sample.tokens() } else { 0..0 };
+        prompt.chain(response).collect()
+    }
+
+    /// Makes room for samples, reads what the receiver reads before the fusion, and returns the pieces behind it.
+    ///
+    /// With the response fused too the receiver reads all tokens: their keys and values are what the fuser is given, and no
+    /// gradient goes through them.
+    fn read_receiver<'a>(&mut self, samples: &[&'a Sample], cuts: &[Cut]) -> Result<Vec<Piece<'a>>, Error> {
+        let (queue, receiver) = (self.queue.clone(), self.receiver.clone());
+        let mut lengths: Vec<usize> = samples.iter().map(|sample| sample.tokens()).collect();
+        let pairs = || samples.iter().zip(cuts);
+        let behind: Vec<Piece> = pairs().map(|(s, cut)| piece(s, cut.fused.end..s.tokens())).collect();
+        let end = |sample: &Sample, cut: &Cut| match self.include_response {
+            true => sample.tokens(),
+            false => cut.fused.end,
+        };
+        let before: Vec<Piece> = pairs().map(|(s, cut)| piece(s, 0..end(s, cut))).collect();
+        if self.include_response {
+            lengths.push(behind.iter().map(|piece| piece.ids.len()).sum());
+        }
+        self.receiver_cache.begin(&queue, &receiver, &lengths)?;
+        self.receiver_cache.prefill(&queue, &receiver, &before)?;
+        Ok(behind)
+    }
+
+    /// The batch of the pass behind the fusion.
+    fn behind(&mut self, pieces: &[Piece]) -> Result<crate::model::Batch, Error> {
+        match self.include_response {
+            true => self.receiver_cache.over(&self.queue, &self.receiver, pieces),
+            false => self.receiver_cache.append(&self.queue, &self.receiver, pieces),
+        }
+    }
+
     /// Runs a batch; with [`Run::Learn`] all gradients grow.
     pub fn run(&mut self, samples: &[&Sample], run: Run) -> Result<BatchReport, Error> {
         samples.iter().try_for_each(|sample| PairTrainer::check(sample))?;
+        if self.include_response {
+            samples.iter().try_for_each(|sample| sample.check_response())?;
+        }
         let cuts = samples.iter().map(|sample| cut(sample)).collect::<Result<Vec<Cut>, _>>()?;
         let queue = self.queue.clone();
         let begin = queue.record();
@@ -172,18 +215,12 @@ impl PairTrainer {
         let shared = queue.record();
 
         let receiver = self.receiver.clone();
-        let lengths: Vec<usize> = samples.iter().map(|sample| sample.tokens()).collect();
-        self.receiver_cache.begin(&queue, &receiver, &lengths)?;
-        let prompts: Vec<Piece> =
-            samples.iter().zip(&cuts).map(|(s, cut)| piece(s, 0..cut.fused.end)).collect();
-        self.receiver_cache.prefill(&queue, &receiver, &prompts)?;
+        let answers = self.read_receiver(samples, &cuts)?;
         let prompted = queue.record();
         let columns = self.fuse(samples, &cuts, run)?;
         let fused = queue.record();
 
-        let answers: Vec<Piece> =
-            samples.iter().zip(&cuts).map(|(s, cut)| piece(s, cut.fused.end..s.tokens())).collect();
-        let batch = self.receiver_cache.append(&queue, &receiver, &answers)?;
+        let batch = self.behind(&answers)?;
         let labels = samples.iter().zip(&cuts).flat_map(|(s, cut)| &s.labels[cut.fused.end..]);
         let (rows, labels): (Vec<u32>, Vec<u32>) =
             (0u32..).zip(labels.copied()).filter(|(_, label)| *label != IGNORED).unzip();
@@ -218,7 +255,7 @@ impl PairTrainer {
         Ok(BatchReport {
             loss: losses.iter().map(|&loss| f64::from(loss)).sum::<f64>() / losses.len().max(1) as f64,
             labels: losses.len(),
-            receiver_tokens: lengths.iter().sum(),
+            receiver_tokens: samples.iter().map(|sample| sample.tokens()).sum(),
             sharer_tokens,
             phases: Phases {
                 sharer: spent(&shared, &begin),
@@ -239,17 +276,21 @@ impl PairTrainer {
     /// The receiver's logits `[vocab]` after a prompt that is fused as at inference.
     pub fn logits(&mut self, prompt: &Sample, control: Control) -> Result<Vec<f32>, Error> {
         let queue = self.queue.clone();
-        let cut = cut(prompt)?;
+        let included = match self.include_response {
+            true => Some(prompt.clone().including_response()?),
+            false => None,
+        };
+        let prompt = included.as_ref().unwrap_or(prompt);
+        let cuts = [cut(prompt)?];
         self.read_sharers(&[prompt])?;
         if let Control::Random { seed } = control {
             self.randomise_sharers(seed)?;
         }
         let receiver = self.receiver.clone();
-        self.receiver_cache.begin(&queue, &receiver, &[prompt.tokens()])?;
-        let end = cut.fused.end;
-        self.receiver_cache.prefill(&queue, &receiver, &[piece(prompt, 0..end)])?;
-        self.fuse(&[prompt], &[cut], Run::Measure)?;
-        self.receiver_cache.logits(&queue, &receiver, &[piece(prompt, end..prompt.tokens())])
+        let behind = self.read_receiver(&[prompt], &cuts)?;
+        self.fuse(&[prompt], &cuts, Run::Measure)?;
+        let batch = self.behind(&behind)?;
+        self.receiver_cache.logits_of(&queue, &receiver, &batch)
     }
 
     /// Puts normal numbers of the same mean and deviation in the place of every layer's keys and values.
@@ -340,6 +381,41 @@ impl PairTrainer {
         Ok(self.queue.tensor(slots, &[slots.len()], "slots")?)
     }
 
+    /// The columns of a batch that are fused with those of sharer `s`.
+    fn aligned(&self, samples: &[&Sample], cuts: &[Cut], s: usize) -> Aligned {
+        let mut all = Aligned::default();
+        for (i, (sample, cut)) in samples.iter().zip(cuts).enumerate() {
+            let own = &sample.prompt.sharers[s];
+            for token in self.fused_tokens(sample, cut, s) {
+                if let Some(Some(column)) = own.columns.get(token) {
+                    all.source.push(self.sharer_caches[s].slots[i][*column as usize]);
+                    all.target.push(self.receiver_cache.slots[i][token]);
+                    all.source_positions.push(own.positions[*column as usize]);
+                    all.target_positions.push(sample.prompt.positions[token]);
+                }
+            }
+        }
+        all
+    }
+
+    /// Shows each sharer's map what the caches of a batch have; the number of pairs of columns.
+    pub fn observe(&mut self, samples: &[&Sample], fits: &mut [RidgeFit]) -> Result<usize, Error> {
+        let cuts = samples.iter().map(|sample| cut(sample)).collect::<Result<Vec<Cut>, _>>()?;
+        self.read_sharers(samples)?;
+        self.read_receiver(samples, &cuts)?;
+        let mut pairs = 0;
+        for (s, fit) in fits.iter_mut().enumerate() {
+            let all = self.aligned(samples, &cuts, s);
+            pairs += all.source.len();
+            for (number, route) in fit.config().routes.clone().into_iter().enumerate() {
+                let theirs = self.sharer_caches[s].kv.read(&self.queue, route.sharer, &all.source)?;
+                let ours = self.receiver_cache.kv.read(&self.queue, route.receiver, &all.target)?;
+                fit.add(number, theirs, ours, all.positions());
+            }
+        }
+        Ok(pairs)
+    }
+
     /// Fuses every sharer's columns into the receiver's cache. The columns of [`Run::Learn`] are kept, one entry a sharer.
     fn fuse(
         &mut self,
@@ -353,23 +429,12 @@ impl PairTrainer {
         // Sharers in parallel all read the plain cache while the sum grows in place.
         let plain = several.then(|| self.plain_copies()).transpose()?;
         for (s, fuser) in self.fusers.iter().enumerate() {
-            let (mut source, mut target) = (Vec::new(), Vec::new());
-            for (i, (sample, cut)) in samples.iter().zip(cuts).enumerate() {
-                if cut.mask >> s & 1 == 0 {
-                    continue;
-                }
-                for token in cut.fused.clone() {
-                    if let Some(Some(column)) = sample.prompt.sharers[s].columns.get(token) {
-                        source.push(self.sharer_caches[s].slots[i][*column as usize]);
-                        target.push(self.receiver_cache.slots[i][token]);
-                    }
-                }
-            }
-            if source.is_empty() {
+            let all = self.aligned(samples, cuts, s);
+            if all.source.is_empty() {
                 kept.push(None);
                 continue;
             }
-            let (source, target) = (self.slots(&source)?, self.slots(&target)?);
+            let (source, target) = (self.slots(&all.source)?, self.slots(&all.target)?);
             let hard = fuser.hard_gates();
             let calls: Vec<LayerCall> = (0..live.len())
                 .filter_map(|layer| {
@@ -400,7 +465,7 @@ impl PairTrainer {
                     },
                 )?),
                 Run::Measure => {
-                    fuser.measure(&self.queue, &calls, &source, &target, precision)?;
+                    fuser.measure(&self.queue, &calls, &source, &target, all.positions(), precision)?;
                     None
                 }
             });
@@ -484,6 +549,21 @@ impl PairTrainer {
             }
         }
         Ok(passes)
+    }
+}
+
+/// Slots and rotary positions of columns that go together.
+#[derive(Default)]
+struct Aligned {
+    source: Vec<u32>,
+    target: Vec<u32>,
+    source_positions: Vec<u32>,
+    target_positions: Vec<u32>,
+}
+
+impl Aligned {
+    fn positions(&self) -> Positions<'_> {
+        Positions { source: &self.source_positions, target: &self.target_positions }
     }
 }
 

@@ -166,8 +166,8 @@ pub fn read(text: &str) -> Result<(TrainConfig, Vec<String>), RecipeError> {
             "is not built: train all of the model, or use training.lora",
         );
     }
-    if model.include_response {
-        return refuse("model.include_response", "is not built: only prompts are fused");
+    if model.include_response && model.baseline_model.is_some() {
+        return refuse("model.include_response", "has no meaning in a recipe for a single model");
     }
     let config = match &model.baseline_model {
         Some(_) => baseline(&model, &training)?,
@@ -182,6 +182,7 @@ pub fn read(text: &str) -> Result<(TrainConfig, Vec<String>), RecipeError> {
         ));
     }
     let config = TrainConfig {
+        include_response: model.include_response,
         out: output.output_dir,
         seed: training.seed,
         train_ratio: data.train_ratio.unwrap_or(1.0),
@@ -467,7 +468,6 @@ mod tests {
             ("/model/projector/params/hiden_dim", json!(1), "hiden_dim"),
             ("/data/kwargs/foo", json!(1), "foo"),
             ("/data/type", json!("FooDataset"), "FooDataset"),
-            ("/model/include_response", json!(true), "include_response"),
             ("/model/projector/type", json!("AllInOneProjector"), "AllInOneProjector"),
             ("/model/mapping", json!("nearest"), "nearest"),
             ("/training/scheduler_type", json!("polynomial"), "polynomial"),
@@ -485,6 +485,7 @@ mod tests {
     fn variants() {
         let aligned = config(&with("/model/is_do_alignment", json!(true))).unwrap();
         assert_eq!(aligned.alignment, Alignment::First);
+        assert!(config(&with("/model/include_response", json!(true))).unwrap().include_response);
         let teachers = json!({"a": "one", "b": "two"});
         assert_eq!(
             config(&with("/model/teacher_model", teachers)).unwrap().sharers,

@@ -88,7 +88,10 @@ pub fn run(
     let data = Data::load(&config, &trainee, watcher)?;
     let mut batches = Batches::new(&config, &data.samples);
     let per_epoch = batches.per_epoch();
-    let total = config.length.steps.unwrap_or_else(|| config.length.epochs.unwrap_or(1) * per_epoch);
+    let total = match trainee.is_solved() {
+        true => 0,
+        false => config.length.steps.unwrap_or_else(|| config.length.epochs.unwrap_or(1) * per_epoch),
+    };
     let manifest = manifest(&config, &trainee, &data);
     let mut position = match &state {
         Some(state) => {
@@ -123,6 +126,9 @@ pub fn run(
     let rate = config.learning_rate(total);
     let annealing = config.annealing(total);
     let mut reason = "finished";
+    if trainee.is_solved() {
+        watcher.say(&trainee.solve(&data.samples, &batches, &config, &queue)?);
+    }
     while position.step < total {
         let step = position.step;
         trainee.set_temperature(annealing.after(step));

@@ -49,6 +49,41 @@ impl Sample {
         Ok(Sample { prompt, labels, origin: origin.into() })
     }
 
+    /// The sample whose last section is fused too, for [`super::PairTrainer::include_response`]: each sharer reads the receiver's
+    /// tokens of that section behind its own prompt, and the receiver's take their columns.
+    pub fn including_response(mut self) -> Result<Sample, Error> {
+        let bad = |problem: &str| Error::Sample { origin: self.origin.clone(), problem: problem.into() };
+        let prompt = &mut self.prompt;
+        let start = prompt.ids.len() - prompt.sections.last().map_or(0, |section| section.len);
+        let fused = prompt.sections.iter().rev().skip(1).next();
+        if fused.is_none_or(|section| section.sharer_mask == 0) {
+            return Err(bad(
+                "has tokens between its fused section and its last one: the response begins where the prompt ends",
+            ));
+        }
+        for own in &mut prompt.sharers {
+            let (known, at) = (own.ids.len() as u32, own.positions.last().map_or(0, |last| last + 1));
+            let first = prompt.positions.get(start).copied().unwrap_or(0);
+            own.ids.extend(&prompt.ids[start..]);
+            own.positions.extend(prompt.positions[start..].iter().map(|p| at + p.saturating_sub(first)));
+            own.columns.truncate(start);
+            own.columns.resize(start, None);
+            own.columns.extend((known..own.ids.len() as u32).map(Some));
+        }
+        Ok(self)
+    }
+
+    /// Whether [`Sample::including_response`] made it.
+    pub(super) fn check_response(&self) -> Result<(), Error> {
+        let start = self.tokens() - self.prompt.sections.last().map_or(0, |section| section.len);
+        let whole = |own: &crate::pipeline::SharerPrompt| own.columns.iter().skip(start).all(Option::is_some);
+        if self.prompt.sharers.iter().all(whole) {
+            return Ok(());
+        }
+        let problem = "does not say what the tokens of its answer are fused with".into();
+        Err(Error::Sample { origin: self.origin.clone(), problem })
+    }
+
     /// The sample without the first tokens of its prompt, so that it has `most`; `None` where the answer leaves no room for one
     /// token before it. The sharers still read all of theirs.
     pub fn truncated(mut self, most: usize) -> Option<Sample> {

@@ -1,14 +1,16 @@
 //! A fuser in training: its weights as [`Parameters`], its gates on the host.
 
-use super::{Adamw, Error, Kept, Parameters, config::Decay};
+use super::{Adamw, Error, Kept, Parameters, config::Decay, trained_all_in_one::AllInOneColumns};
 use crate::{
     backend::{DType, Precision, Queue, Tensor},
-    fuser::{FuseCall, Fuser, FuserError, LayerCall, Training},
+    fuser::{FuseCall, Fuser, FuserError, Kind, LayerCall, Positions, Training},
     ops::{
-        self, FuseGrads, FuseLayer, FuseOperands, FuseParams, FuseTape, FuseTrainingParams, KvPages, Scratch,
+        self, FuseGrads, FuseLayer, FuseOperands, FuseParams, FuseTape, FuseTrainingParams, KvPages,
+        Projector, Scratch,
     },
     rng::{Purpose, Rng, Stream},
 };
+use std::sync::Arc;
 
 /// A gate's logit with its gradient and moments.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -45,7 +47,7 @@ impl GateNoise for DrawnNoise {
 pub struct TrainedFuser {
     /// F32, views of the parameters. Its gates are not kept up to date: see [`TrainedFuser::snapshot`].
     pub fuser: Fuser,
-    grads: Fuser,
+    pub(super) grads: Fuser,
     pub parameters: Parameters,
     /// By projector, of keys and values.
     pub gates: Vec<[Gate; 2]>,
@@ -59,6 +61,8 @@ pub struct FusedColumns {
     params: FuseTrainingParams,
     layers: Vec<FusedLayer>,
     scratch: Tensor,
+    /// Of a fuser of that kind, in the layers' place.
+    all_in_one: Option<AllInOneColumns>,
 }
 
 struct FusedLayer {
@@ -131,8 +135,12 @@ impl TrainedFuser {
             seed: request.seed,
             step: request.step,
         };
+        let all_in_one = match kind {
+            Kind::AllInOne => Some(self.forward_all_in_one(queue, &request)?),
+            _ => None,
+        };
         let mut layers = Vec::new();
-        for call in request.layers {
+        for call in request.layers.iter().filter(|_| all_in_one.is_none()) {
             let Some(route) = self.fuser.route(call.layer) else { continue };
             let (mut factors, mut slopes) = (vec![1.0f32; 2 * per_half], vec![0.0f32; 2 * per_half]);
             if kind.has_gates() {
@@ -148,12 +156,12 @@ impl TrainedFuser {
             }
             let gates = queue.tensor(&factors, &[2, tokens, kv_heads], "gates")?;
             let saved = backend.scratch_len(Scratch::FuseSaved(one));
-            let projector = &self.fuser.projectors()[route.projector];
+            let [keys, values] = halves(&self.fuser, route.projector)?;
             layers.push(FusedLayer {
                 layer: call.layer,
                 operands: FuseLayer {
-                    keys: projector.keys.clone(),
-                    values: projector.values.clone(),
+                    keys: keys.clone(),
+                    values: values.clone(),
                     gates: [1.0; 2],
                     source: call.source.clone(),
                     target: call.target.clone(),
@@ -171,13 +179,14 @@ impl TrainedFuser {
         }
         let all = self.fuser.extent(layers.len(), tokens);
         let need = [Scratch::Fuse(all), Scratch::FuseBackward(all)].map(|need| backend.scratch_len(need));
-        let scratch = backend.alloc(DType::F32, &[need[0].max(need[1])], "scratch of the fuser")?;
+        let scratch = backend.alloc(DType::F32, &[need[0].max(need[1]).max(1)], "scratch of the fuser")?;
         let columns = FusedColumns {
             source_slots: request.source_slots,
             target_slots: request.target_slots,
             params,
             layers,
             scratch,
+            all_in_one,
         };
         let every: Vec<&FusedLayer> = columns.layers.iter().collect();
         let tapes: Vec<FuseTape> = every.iter().map(|layer| layer.tape.clone()).collect();
@@ -195,16 +204,19 @@ impl TrainedFuser {
         dkv: impl Fn(usize) -> KvPages,
         through: bool,
     ) -> Result<(), Error> {
+        if let Some(own) = &columns.all_in_one {
+            return self.backward_all_in_one(queue, columns, own, of, dkv, through);
+        }
         let layers: Vec<&FusedLayer> = columns.layers.iter().filter(|l| of.contains(&l.layer)).collect();
         let tapes: Vec<FuseTape> = layers.iter().map(|layer| layer.tape.clone()).collect();
         let mut grads = Vec::new();
         for layer in &layers {
             let Some(route) = self.grads.route(layer.layer) else { continue };
-            let projector = &self.grads.projectors()[route.projector];
+            let [keys, values] = halves(&self.grads, route.projector)?;
             let pages = dkv(layer.layer);
             grads.push(FuseGrads {
-                keys: projector.keys.clone(),
-                values: projector.values.clone(),
+                keys: keys.clone(),
+                values: values.clone(),
                 dtarget: through.then(|| pages.clone()),
                 dout: pages,
                 dgates: layer.dgates.clone(),
@@ -215,6 +227,9 @@ impl TrainedFuser {
 
     /// Adds the gradients of the gates' logits, once the backward pass of all layers is issued.
     pub fn gates_backward(&mut self, queue: &Queue, columns: &FusedColumns) -> Result<(), Error> {
+        if let Some(own) = &columns.all_in_one {
+            return self.gates_backward_all_in_one(queue, own);
+        }
         if !self.fuser.config().kind.has_gates() {
             return Ok(());
         }
@@ -244,6 +259,7 @@ impl TrainedFuser {
         layers: &[LayerCall],
         source_slots: &Tensor,
         target_slots: &Tensor,
+        positions: Positions,
         precision: Precision,
     ) -> Result<(), Error> {
         let backend = queue.backend();
@@ -258,7 +274,7 @@ impl TrainedFuser {
             scratch: &scratch,
             precision,
         };
-        Ok(self.fuser.issue(queue, call)?)
+        Ok(self.fuser.issue_at(queue, call, positions)?)
     }
 
     /// Norm of all gradients.
@@ -290,10 +306,22 @@ impl TrainedFuser {
     }
 }
 
+/// The projectors of keys and values that the backward pass goes through.
+fn halves(fuser: &Fuser, projector: usize) -> Result<[&Arc<Projector>; 2], Error> {
+    let halves = fuser.projectors()[projector].halves();
+    halves.ok_or_else(|| FuserError::Untrainable { kind: fuser.config().kind }.into())
+}
+
 impl FusedColumns {
     /// Whether columns of this receiver layer were fused.
     pub fn has(&self, layer: usize) -> bool {
-        self.layers.iter().any(|fused| fused.layer == layer)
+        let own = self.all_in_one.as_ref().is_some_and(|own| own.has(layer));
+        own || self.layers.iter().any(|fused| fused.layer == layer)
+    }
+
+    /// Of the sharer's columns and the receiver's.
+    pub(super) fn slots(&self) -> (&Tensor, &Tensor) {
+        (&self.source_slots, &self.target_slots)
     }
 
     fn operands(&self, layers: &[&FusedLayer]) -> FuseOperands {
@@ -309,7 +337,7 @@ impl FusedColumns {
 }
 
 /// The gate `σ((logit + g) / temperature)` with Gumbel noise `g = −ln(−ln u)`, and its slope by the logit.
-fn soft_gate(logit: f32, u: f32, temperature: f32) -> (f32, f32) {
+pub(super) fn soft_gate(logit: f32, u: f32, temperature: f32) -> (f32, f32) {
     const TINY: f32 = 1e-20;
     let noise = -((-(u + TINY).ln()) + TINY).ln();
     let x = (logit + noise) / temperature;

@@ -9,12 +9,12 @@ use super::{
     run::Watcher,
 };
 use crate::{
-    align::Aligner,
+    align::{Aligner, Alignment},
     backend::{Backend, DType, Precision, Queue},
     builtin,
     data::Example,
     durable::WriteError,
-    fuser::{Fuser, FuserConfig, Training},
+    fuser::{AllInOneConfig, Fuser, FuserConfig, FuserError, Kind, RidgeFit, Training},
     model::{self, Adapter, ModelConfig},
     pipeline::Model,
     tokenizer::Tokenizer,
@@ -101,11 +101,15 @@ impl Trainee {
                 None => {
                     let f = &config.fuser;
                     let new = receiver.fuser_config(sharer, f.kind, (f.hidden, f.intermediate), f.mapping);
-                    let new = FuserConfig { num_layers: f.layers, training, ..new };
+                    let all_in_one = (f.kind == Kind::AllInOne).then(AllInOneConfig::recipe);
+                    let new = FuserConfig { num_layers: f.layers, training, all_in_one, ..new };
                     Fuser::init(new, config.seed + number as u64, backend)?
                 }
             };
             crate::fuser::require_contract(fuser.config(), &receiver.party(), &sharer.party())?;
+            if fuser.config().all_in_one.as_ref().is_some_and(|own| !own.is_trainable()) {
+                return Err(FuserError::Untrainable { kind: Kind::AllInOne }.into());
+            }
             fusers.push(TrainedFuser::new(&fuser, queue, decay)?);
         }
         let tokenizers = sharers
@@ -125,6 +129,14 @@ impl Trainee {
             config.fuser.dropout as f32,
             config.seed,
         )?;
+        if config.include_response {
+            let ours = receiver.party().tokenizer;
+            let other = sharers.iter().find(|sharer| sharer.party().tokenizer != ours);
+            if let Some(sharer) = other.filter(|_| config.alignment != Alignment::None) {
+                return Err(Error::ResponseVocabulary { sharer: sharer.path.display().to_string() });
+            }
+            pair.include_response = true;
+        }
         if let Some(folder) = &config.cache_sharer {
             let open = |sharer: &Model| SharerStore::open(folder, sharer, precision, kv);
             pair.stores = sharers.iter().map(open).collect::<Result<_, _>>()?;
@@ -139,7 +151,7 @@ impl Trainee {
             Trainee::Fuser { aligner, .. } => {
                 let sample = Sample::chat(aligner, &example.messages, &origin)?;
                 PairTrainer::check(&sample)?;
-                sample
+                if config.include_response { sample.including_response()? } else { sample }
             }
             Trainee::Model { tokenizer, .. } => Sample::alone(tokenizer, &example.messages, &origin)?,
         };
@@ -160,6 +172,47 @@ impl Trainee {
             Trainee::Model { tokenizer, .. } => vec![tokenizer],
         };
         all.into_iter()
+    }
+
+    /// Whether nothing is trained but solved for: ridge maps.
+    pub fn is_solved(&self) -> bool {
+        match self {
+            Trainee::Fuser { pair, .. } => {
+                pair.fusers.iter().all(|fuser| fuser.fuser.config().kind == Kind::Ridge)
+            }
+            Trainee::Model { .. } => false,
+        }
+    }
+
+    /// Solves for the ridge maps of these samples; what there is to tell.
+    pub fn solve(
+        &mut self,
+        samples: &[Sample],
+        batches: &Batches,
+        config: &TrainConfig,
+        queue: &Queue,
+    ) -> Result<String, Error> {
+        let Trainee::Fuser { pair, .. } = self else { return Ok(String::new()) };
+        let mut fits = Vec::new();
+        for fuser in &pair.fusers {
+            fits.push(RidgeFit::new(fuser.fuser.config().clone())?);
+        }
+        let order: Vec<u32> = (0..samples.len() as u32).collect();
+        let mut pairs = 0;
+        for batch in batches.cut(samples, &order) {
+            let batch: Vec<&Sample> = batch.iter().map(|&index| &samples[index as usize]).collect();
+            pairs += pair.observe(&batch, &mut fits)?;
+        }
+        let mut text =
+            format!("ridge maps of {pairs} pairs of columns; variance explained, keys and values:");
+        for (fuser, fit) in pair.fusers.iter_mut().zip(fits) {
+            let (solved, explained) = fit.solve(config.fuser.ridge_lambda, queue.backend())?;
+            *fuser = TrainedFuser::new(&solved, queue, config.optimizer.decay)?;
+            let n = explained.len().max(1) as f64;
+            let mean = |half: usize| 100.0 * explained.iter().map(|both| both[half]).sum::<f64>() / n;
+            text += &format!(" {:.1} %, {:.1} %", mean(0), mean(1));
+        }
+        Ok(text)
     }
 
     pub fn is_fuser(&self) -> bool {
@@ -371,7 +424,9 @@ impl Trainee {
                     };
                     fs::create_dir_all(&own).map_err(WriteError::at(&own))?;
                     let fuser = fuser.snapshot(Training { anneal_steps, ..*training });
-                    fuser.to_dtype(DType::Bf16, queue.backend())?.save(&own, queue)?;
+                    // A solved map is not rounded: its numbers are the answer, not on the way to one.
+                    let dtype = if fuser.config().kind == Kind::Ridge { DType::F32 } else { DType::Bf16 };
+                    fuser.to_dtype(dtype, queue.backend())?.save(&own, queue)?;
                 }
                 Ok(())
             }

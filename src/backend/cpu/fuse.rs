@@ -26,6 +26,8 @@ pub(super) const NORM_EPS: f32 = 1e-6;
 pub(super) fn scratch_len(e: FuseExtent) -> usize {
     let staged = if e.stage > 0 { e.target_width } else { e.source_width };
     let input = (staged + e.target_width).max(e.source_width);
+    // A joint projector reads twice as much, and what it makes is held until all is read.
+    let input = if e.joint { 2 * input + 2 * e.target_width } else { input };
     e.tokens.min(FUSE_CHUNK) * (input + 3 * e.hidden.max(e.stage) + e.inner + e.target_width + e.kv_heads)
 }
 
@@ -34,6 +36,9 @@ pub(super) fn fuse(team: &mut Team, simd: Simd, p: FuseParams, o: &FuseOperands)
 }
 
 fn fuse_layer(team: &mut Team, simd: Simd, p: FuseParams, layer: &FuseLayer, o: &FuseOperands) {
+    if is_joint(&layer.keys, layer) {
+        return fuse_jointly(team, simd, p, layer, o);
+    }
     let halves = [(Half::Keys, &layer.keys, layer.gates[0]), (Half::Values, &layer.values, layer.gates[1])];
     for (half, projector, gate) in halves {
         let base = Columns::new(half, &layer.base, &o.base_slots);
@@ -50,11 +55,57 @@ fn fuse_layer(team: &mut Team, simd: Simd, p: FuseParams, layer: &FuseLayer, o: 
             let [source, target, base, out] = [source, target, base, out].map(|all| all.part(chunk.clone()));
             let mut rows = Rows { team, simd, precision: p.precision, tokens: chunk.len() };
             // A projector that does not read the target replaces it.
-            let (input, replaced) = if p.use_target { (Some(target), None) } else { (None, Some(target)) };
+            let (inputs, replaced) =
+                if p.use_target { (&[source, target][..], None) } else { (&[source][..], Some(target)) };
             let scratch = o.scratch.host_mut::<f32>();
-            let (fused, weights) = rows.project(projector, source, input, out.width(), scratch);
+            let (fused, weights) = rows.project(projector, inputs, out.width(), scratch);
             rows.add_base(fused, weights, gate, base, replaced);
             rows.store(fused, out);
+        }
+    }
+}
+
+/// Whether a projector of the layer reads keys and values.
+pub(super) fn is_joint(p: &Projector, layer: &FuseLayer) -> bool {
+    FuseExtent::new(p, layer.source.width(), layer.target.width(), 0).joint
+}
+
+/// What a joint projector of the layer reads: `[s_k, s_v, t_k, t_v]`.
+pub(super) fn joint_inputs<'a>(layer: &'a FuseLayer, o: &'a FuseOperands) -> [Columns<'a>; 4] {
+    let of = |half, pages, slots| Columns::new(half, pages, slots);
+    [
+        of(Half::Keys, &layer.source, &o.source_slots),
+        of(Half::Values, &layer.source, &o.source_slots),
+        of(Half::Keys, &layer.target, &o.target_slots),
+        of(Half::Values, &layer.target, &o.target_slots),
+    ]
+}
+
+fn fuse_jointly(team: &mut Team, simd: Simd, p: FuseParams, layer: &FuseLayer, o: &FuseOperands) {
+    let (tokens, width) = (p.tokens as usize, layer.target.width());
+    let halves = [(Half::Keys, &layer.keys, layer.gates[0]), (Half::Values, &layer.values, layer.gates[1])];
+    for first in (0..tokens).step_by(FUSE_CHUNK) {
+        let chunk = first..(first + FUSE_CHUNK).min(tokens);
+        let inputs = joint_inputs(layer, o).map(|all| all.part(chunk.clone()));
+        let base = |half| Columns::new(half, &layer.base, &o.base_slots).part(chunk.clone());
+        let out = |half| Columns::new(half, &layer.out, &o.out_slots).part(chunk.clone());
+        let mut rows = Rows { team, simd, precision: p.precision, tokens: chunk.len() };
+        let elements = chunk.len() * width;
+        let (held, scratch) = o.scratch.host_mut::<f32>().split_at_mut(2 * elements);
+        // Nothing is written before both halves have read the columns.
+        for ((half, projector, gate), held) in halves.into_iter().zip(held.chunks_exact_mut(elements)) {
+            if gate != 0.0 {
+                let (fused, weights) = rows.project(projector, &inputs, width, scratch);
+                held.copy_from_slice(fused);
+                rows.add_base(held, weights, gate, base(half), None);
+            }
+        }
+        for ((half, _, gate), held) in halves.into_iter().zip(held.chunks_exact(elements)) {
+            if gate == 0.0 {
+                copy(base(half), out(half));
+            } else {
+                rows.store(held, out(half));
+            }
         }
     }
 }
@@ -123,7 +174,7 @@ impl<'a> Columns<'a> {
 }
 
 /// A closed gate: `out = base`, which costs nothing where both are the same memory.
-fn copy(base: Columns, out: Columns) {
+pub(super) fn copy(base: Columns, out: Columns) {
     let (from, to) = (base.tensor, out.tensor);
     let same = from.byte_offset() == to.byte_offset() && from.overlaps(to);
     let size = from.dtype().block_bytes();
@@ -167,15 +218,12 @@ impl Rows<'_> {
     fn project<'s>(
         &mut self,
         p: &Projector,
-        source: Columns,
-        target: Option<Columns>,
+        inputs: &[Columns],
         target_width: usize,
         mut scratch: &'s mut [f32],
     ) -> (&'s mut [f32], Option<&'s [f32]>) {
         let tokens = self.tokens;
-        let staged_width = if p.source_stage.is_some() { target_width } else { source.width() };
-        let joined_width = staged_width + target.map_or(0, Columns::width);
-        let input = carve(&mut scratch, tokens * joined_width.max(source.width()));
+        let input = carve(&mut scratch, tokens * p.input.cols().max(inputs[0].width()));
         let hidden = p.source_stage.as_ref().map_or(0, |stage| stage.input.rows()).max(p.hidden());
         let z = carve(&mut scratch, tokens * hidden);
         let normed = carve(&mut scratch, tokens * hidden);
@@ -184,13 +232,13 @@ impl Rows<'_> {
         let projected = carve(&mut scratch, tokens * target_width);
 
         if let Some(stage) = &p.source_stage {
-            self.gather(source, None, input);
+            self.gather(&inputs[..1], input);
             self.matmul(&stage.input, false, input, z);
             self.ffn(&stage.ffn, z, normed, inner);
             self.matmul(&stage.output, false, z, projected);
-            self.join(projected, target_width, target, input);
+            self.join(projected, target_width, inputs.get(1).copied(), input);
         } else {
-            self.gather(source, target, input);
+            self.gather(inputs, input);
         }
         self.matmul(&p.input, false, input, z);
         self.ffn(&p.mlp1, z, normed, inner);
@@ -254,15 +302,13 @@ impl Rows<'_> {
         });
     }
 
-    /// `[source; target]` of each token.
-    pub fn gather(&mut self, source: Columns, target: Option<Columns>, input: &mut [f32]) {
-        let width = source.width() + target.map_or(0, Columns::width);
+    /// The columns of each token, one after the other.
+    pub fn gather(&mut self, columns: &[Columns], input: &mut [f32]) {
+        let width = columns.iter().map(|columns| columns.width()).sum();
         self.chunks(input, width, |first, rows| {
-            for (i, row) in rows.chunks_exact_mut(width).enumerate() {
-                let (s, t) = row.split_at_mut(source.width());
-                source.read(first + i, s);
-                if let Some(target) = target {
-                    target.read(first + i, t);
+            for (i, mut row) in rows.chunks_exact_mut(width).enumerate() {
+                for columns in columns {
+                    columns.read(first + i, carve(&mut row, columns.width()));
                 }
             }
         });

@@ -4,7 +4,7 @@
 
 use super::{
     Simd,
-    fuse::{Columns, Half, NORM_EPS, Rows, carve, sigmoid},
+    fuse::{Columns, Half, NORM_EPS, Rows, carve, is_joint, joint_inputs, sigmoid},
     linear::backward as linear,
     pointwise::vector,
     pointwise_backward::{norm_rows, slope},
@@ -24,21 +24,22 @@ pub fn saved_len(e: FuseExtent) -> usize {
     let staged = if e.stage > 0 { e.target_width } else { e.source_width };
     let stage = if e.stage > 0 { e.source_width + 2 * e.stage + e.inner } else { 0 };
     let ffns = e.ffns - usize::from(e.stage > 0);
-    let half = staged
-        + e.target_width
-        + stage
-        + e.hidden
-        + ffns * (e.inner + e.hidden)
-        + e.target_width
-        + e.kv_heads;
+    let half = read(e, staged) + stage + e.hidden + ffns * (e.inner + e.hidden) + e.target_width + e.kv_heads;
     2 * e.tokens * half
+}
+
+/// Elements a token that a projector reads.
+fn read(e: FuseExtent, staged: usize) -> usize {
+    (staged + e.target_width) * if e.joint { 2 } else { 1 }
 }
 
 /// Elements of scratch of a backward pass; layers follow one another in the same memory.
 pub fn scratch_len(e: FuseExtent) -> usize {
     let staged = if e.stage > 0 { e.target_width } else { e.source_width };
     let hidden = e.hidden.max(e.stage);
-    e.tokens * (4 * hidden + 2 * e.inner + 2 * e.target_width + e.kv_heads + staged + e.target_width)
+    // What the keys of a joint projector leave for the receiver's columns is held until its values are through.
+    let held = if e.joint { read(e, staged) } else { 0 };
+    e.tokens * (4 * hidden + 2 * e.inner + 2 * e.target_width + e.kv_heads + read(e, staged) + held)
 }
 
 /// What an FFN block leaves.
@@ -117,7 +118,18 @@ const BLOCKS: u32 = 3;
 
 pub fn forward(team: &mut Team, simd: Simd, p: FuseTrainingParams, o: &FuseOperands, tapes: &[FuseTape]) {
     for (layer, tape) in o.layers.iter().zip(tapes) {
-        for (half, projector, mut saved, gates) in halves(layer, tape, p) {
+        let mut halves: Vec<_> = halves(layer, tape, p).collect();
+        let joint = is_joint(&layer.keys, layer);
+        if joint {
+            // Before the first half is written.
+            let inputs = joint_inputs(layer, o);
+            for (_, _, saved, _) in &mut halves {
+                let tokens = p.fuse.tokens as usize;
+                let mut rows = Rows { team, simd, precision: p.fuse.precision, tokens };
+                rows.gather(&inputs, saved.input);
+            }
+        }
+        for (half, projector, mut saved, gates) in halves {
             let width = layer.target.width();
             let base = Columns::new(half, &layer.base, &o.base_slots);
             let out = Columns::new(half, &layer.out, &o.out_slots);
@@ -131,8 +143,12 @@ pub fn forward(team: &mut Team, simd: Simd, p: FuseTrainingParams, o: &FuseOpera
                 let rows = Rows { team, simd, precision: p.fuse.precision, tokens: chunk.len() };
                 let mut pass = Forward { rows, p, layer: tape.layer, half, first };
                 let scratch = o.scratch.host_mut::<f32>();
-                let target_read = p.fuse.use_target.then_some(target);
-                pass.project(projector, source, target_read, &mut saved, scratch);
+                let inputs: &[Columns] = match (joint, p.fuse.use_target) {
+                    (true, _) => &[],
+                    (false, true) => &[source, target],
+                    (false, false) => &[source],
+                };
+                pass.project(projector, inputs, &mut saved, scratch);
                 let fused = &mut scratch[..chunk.len() * width];
                 let part = |width: usize| chunk.start * width..chunk.end * width;
                 fused.copy_from_slice(&saved.projected[part(width)]);
@@ -176,29 +192,24 @@ struct Forward<'t> {
 }
 
 impl Forward<'_> {
-    fn project(
-        &mut self,
-        p: &Projector,
-        source: Columns,
-        target: Option<Columns>,
-        saved: &mut Saved,
-        scratch: &mut [f32],
-    ) {
+    /// `inputs`: the columns that it reads; none if they lie in `saved` already.
+    fn project(&mut self, p: &Projector, inputs: &[Columns], saved: &mut Saved, scratch: &mut [f32]) {
         let (first, tokens) = (self.first, self.rows.tokens);
         let at = |width: usize| first * width..(first + tokens) * width;
         if let Some(stage) = &p.source_stage {
             let (columns, z0, block) = saved.stage.as_mut().expect("kept with the stage");
-            let columns = &mut columns[at(source.width())];
-            self.rows.gather(source, None, columns);
+            let columns = &mut columns[at(stage.input.cols())];
+            self.rows.gather(&inputs[..1], columns);
             let hidden = stage.input.rows();
             self.rows.matmul(&stage.input, false, columns, &mut z0[at(hidden)]);
             self.ffn(&stage.ffn, STAGE, z0, block, scratch);
             let width = stage.output.rows();
             let staged = &mut scratch[..tokens * width];
             self.rows.matmul(&stage.output, false, &block.y[at(hidden)], staged);
+            let target = inputs.get(1).copied();
             self.rows.join(staged, width, target, &mut saved.input[at(p.input.cols())]);
-        } else {
-            self.rows.gather(source, target, &mut saved.input[at(p.input.cols())]);
+        } else if !inputs.is_empty() {
+            self.rows.gather(inputs, &mut saved.input[at(p.input.cols())]);
         }
         let hidden = p.hidden();
         self.rows.matmul(&p.input, false, &saved.input[at(p.input.cols())], &mut saved.z0[at(hidden)]);
@@ -259,16 +270,36 @@ pub fn backward(
         let dgates = grads.dgates.host_mut::<f32>();
         let middle = dgates.len() / 2;
         let (key_dgates, value_dgates) = dgates.split_at_mut(middle);
+        let joint = is_joint(&layer.keys, layer);
+        let joined = layer.keys.input.cols();
+        let width = layer.target.width();
+        let scratch = o.scratch.host_mut::<f32>();
+        let (held, scratch) = scratch.split_at_mut(if joint { tokens * joined } else { 0 });
+        held.fill(0.0);
         for (half, projector, saved, gates) in halves(layer, tape, p) {
             let (grad, dgates) = match half {
                 Half::Keys => (&grads.keys, &mut *key_dgates),
                 Half::Values => (&grads.values, &mut *value_dgates),
             };
             let dout = Columns::new(half, &grads.dout, &o.out_slots);
-            let dtarget = grads.dtarget.as_ref().map(|pages| Columns::new(half, pages, &o.target_slots));
-            let rows = Rows { team, simd, precision: p.fuse.precision, tokens };
+            let rows = Rows { team: &mut *team, simd, precision: p.fuse.precision, tokens };
             let pass = Backward { rows, p, layer: tape.layer, half };
-            pass.run(projector, grad, saved, gates, dout, dgates, dtarget, o.scratch.host_mut());
+            let wanted = grads.dtarget.is_some() && p.fuse.use_target;
+            let dinput = pass.run(projector, grad, saved, gates, dout, dgates, wanted, scratch);
+            let (Some(dinput), Some(pages)) = (dinput.filter(|_| wanted), &grads.dtarget) else { continue };
+            if joint {
+                held.iter_mut().zip(dinput).for_each(|(held, d)| *held += d);
+                continue;
+            }
+            let mut rows = Rows { team: &mut *team, simd, precision: p.fuse.precision, tokens };
+            let dtarget = Columns::new(half, pages, &o.target_slots);
+            rows.add_columns(dinput, joined, joined - width, dtarget);
+        }
+        if let (true, Some(pages)) = (joint, &grads.dtarget) {
+            let mut rows = Rows { team: &mut *team, simd, precision: p.fuse.precision, tokens };
+            for (half, first) in [(Half::Keys, joined - 2 * width), (Half::Values, joined - width)] {
+                rows.add_columns(held, joined, first, Columns::new(half, pages, &o.target_slots));
+            }
         }
     }
 }
@@ -292,8 +323,9 @@ struct Work<'s> {
 }
 
 impl Backward<'_> {
+    /// Returns the gradient of what the projector read, `[tokens, …]`, where it was needed or is `wanted`.
     #[allow(clippy::too_many_arguments)]
-    fn run(
+    fn run<'s>(
         mut self,
         p: &Projector,
         grad: &Projector,
@@ -301,9 +333,9 @@ impl Backward<'_> {
         gates: &[f32],
         dout: Columns,
         dgates: &mut [f32],
-        dtarget: Option<Columns>,
-        mut scratch: &mut [f32],
-    ) {
+        wanted: bool,
+        mut scratch: &'s mut [f32],
+    ) -> Option<&'s [f32]> {
         let tokens = self.rows.tokens;
         let (hidden, width) = (p.hidden(), p.output.rows());
         let stage_hidden = p.source_stage.as_ref().map_or(0, |stage| stage.input.rows());
@@ -344,16 +376,13 @@ impl Backward<'_> {
             dz.iter_mut().zip(&*dscalar).for_each(|(dz, d)| *dz += d);
         }
         self.ffn(&p.mlp1, &grad.mlp1, MLP1, saved.z0, saved.mlp1.u, dz, &mut work);
-        if dtarget.is_none() && p.source_stage.is_none() {
-            return self.linear(&p.input, &grad.input, saved.input, dz, None);
+        if !wanted && p.source_stage.is_none() {
+            self.linear(&p.input, &grad.input, saved.input, dz, None);
+            return None;
         }
         let joined = p.input.cols();
         let dinput = carve(&mut scratch, tokens * joined);
         self.linear(&p.input, &grad.input, saved.input, dz, Some(dinput));
-        let staged = joined - if self.p.fuse.use_target { width } else { 0 };
-        if let Some(dtarget) = dtarget.filter(|_| self.p.fuse.use_target) {
-            self.rows.add_columns(dinput, joined, staged, dtarget);
-        }
         if let (Some(stage), Some(stage_grad), Some((source, z0, block))) =
             (&p.source_stage, &grad.source_stage, saved.stage)
         {
@@ -364,6 +393,7 @@ impl Backward<'_> {
             self.ffn(&stage.ffn, &stage_grad.ffn, STAGE, z0, block.u, dz, &mut work);
             self.linear(&stage.input, &stage_grad.input, source, dz, None);
         }
+        Some(dinput)
     }
 
     /// Of `y = x · Wᵀ + b`.

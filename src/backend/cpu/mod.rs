@@ -1,5 +1,6 @@
 //! The CPU backend: a portable reference for every op, and vector kernels chosen at run time.
 
+mod all_in_one;
 mod attention;
 mod blocks;
 #[cfg(test)]
@@ -7,6 +8,7 @@ mod differences;
 mod dropout;
 mod executor;
 mod fuse;
+mod fuse_baseline;
 mod fuse_training;
 mod limits;
 mod linear;
@@ -236,6 +238,10 @@ impl Backend for Cpu {
         self.executor.issue(queue, move |team| pointwise::soft_cap(team, cap, &x));
     }
 
+    fn baselines(&self) -> Option<&dyn super::BaselineFusers> {
+        Some(self)
+    }
+
     fn training(&self) -> Option<&dyn super::Training> {
         Some(self)
     }
@@ -243,5 +249,50 @@ impl Backend for Cpu {
     fn fuse(&self, queue: usize, p: ops::FuseParams, _: ops::FuseExtent, operands: &ops::FuseOperands) {
         let (simd, operands) = (self.simd, operands.clone());
         self.executor.issue(queue, move |team| fuse::fuse(team, simd, p, &operands));
+    }
+
+    fn fuses_jointly(&self) -> bool {
+        true
+    }
+}
+
+impl super::BaselineFusers for Cpu {
+    fn fuse_baseline(
+        &self,
+        queue: usize,
+        tokens: usize,
+        precision: Precision,
+        operands: &ops::BaselineOperands,
+    ) {
+        let (simd, operands) = (self.simd, operands.clone());
+        self.executor.issue(queue, move |team| fuse_baseline::fuse(team, simd, tokens, precision, &operands));
+    }
+
+    fn fuse_baseline_forward(
+        &self,
+        queue: usize,
+        tokens: usize,
+        p: ops::BaselineTraining,
+        operands: &ops::BaselineOperands,
+        tapes: &[ops::BaselineTape],
+    ) {
+        let (simd, operands, tapes) = (self.simd, operands.clone(), tapes.to_vec());
+        self.executor
+            .issue(queue, move |team| fuse_baseline::forward(team, simd, tokens, p, &operands, &tapes));
+    }
+
+    fn fuse_baseline_backward(
+        &self,
+        queue: usize,
+        tokens: usize,
+        p: ops::BaselineTraining,
+        operands: &ops::BaselineOperands,
+        tapes: &[ops::BaselineTape],
+        grads: &[ops::BaselineGrads],
+    ) {
+        let (simd, operands, tapes, grads) = (self.simd, operands.clone(), tapes.to_vec(), grads.to_vec());
+        self.executor.issue(queue, move |team| {
+            fuse_baseline::backward(team, simd, tokens, p, &operands, &tapes, &grads);
+        });
     }
 }
