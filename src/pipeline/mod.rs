@@ -3,6 +3,7 @@
 //! This is the one module to edit for a new way of letting models talk through their caches.
 
 mod answer;
+mod decode;
 mod generate;
 mod lane;
 mod link;
@@ -12,6 +13,7 @@ mod session;
 pub(crate) mod t2t;
 
 pub use answer::{Answer, TimingsMs, TokensPerSecond, peak_rss_bytes};
+pub use decode::{Decoded, decode};
 pub use generate::{FinishReason, Generation, Stream, generate};
 pub use lane::Lane;
 pub use link::{Link, Overlap, PrefillReport, Prompt, SharerPrompt, WantedLogits};
