@@ -36,7 +36,7 @@ pub(super) struct Passes {
 /// How many of `left` tokens the next piece of at most `most` takes. No piece but the only one is a single token, which would be
 /// a decode pass, and its sums in another order.
 pub(super) fn piece(left: usize, most: usize) -> usize {
-    if left == most + 1 && most > 2 { most - 1 } else { left.min(most) }
+    if left.checked_sub(1) == Some(most) && most > 2 { most - 1 } else { left.min(most) }
 }
 
 impl Lane {
