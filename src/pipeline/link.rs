@@ -127,7 +127,7 @@ impl Link {
         self.sharers.iter().chain([&self.receiver]).map(|lane| lane.kv.bytes()).sum()
     }
 
-    fn validate(&self, prompt: &Prompt) -> Result<(), Error> {
+    pub(super) fn validate(&self, prompt: &Prompt) -> Result<(), Error> {
         if prompt.ids.is_empty() {
             return Err(Error::EmptyPrompt);
         }

@@ -7,6 +7,7 @@ mod generate;
 mod lane;
 mod link;
 mod model;
+mod observe;
 mod replay;
 mod session;
 pub(crate) mod t2t;
@@ -16,6 +17,7 @@ pub use generate::{FinishReason, Generation, Stream, generate};
 pub use lane::Lane;
 pub use link::{Link, Overlap, PrefillReport, Prompt, SharerPrompt, WantedLogits};
 pub use model::Model;
+pub use observe::{Observation, WeightMap};
 pub use replay::{Dump, ReplayInput, replay};
 pub use session::{ComputeType, FuserChoice, Mode, Question, Session, SessionOptions};
 
