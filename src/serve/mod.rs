@@ -1,0 +1,3 @@
+//! Answers over HTTP, and what belongs to serving a pair.
+
+pub mod doctor;
