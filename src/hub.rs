@@ -202,8 +202,19 @@ mod tests {
             assert_eq!((&found, found.to_string().as_str()), (&expected, text));
         }
         for bad in [
-            "hf:", "hf:name", "hf:org/", "hf:/name", "org/name", "hf:org/..", "hf:org/name@", "hf:org/name@../x",
-            "hf:org/name/../../x.gguf", "hf:org//x.gguf", "hf:org/na me", "hf:org/name?x", "hf:org/name/./x.gguf",
+            "hf:",
+            "hf:name",
+            "hf:org/",
+            "hf:/name",
+            "org/name",
+            "hf:org/..",
+            "hf:org/name@",
+            "hf:org/name@../x",
+            "hf:org/name/../../x.gguf",
+            "hf:org//x.gguf",
+            "hf:org/na me",
+            "hf:org/name?x",
+            "hf:org/name/./x.gguf",
             "hf:org/name@a@b c",
         ] {
             assert!(matches!(read(bad), Err(Error::Reference(_))), "{bad}");

@@ -73,7 +73,9 @@ fn answer(stream: &TcpStream, served: &Mutex<Served>, asked: &Mutex<Vec<String>>
     let Some(first) = lines.next() else { return };
     let headers: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
     let header = |name: &str| {
-        let of = |line: &String| Some(line.split_once(": ").filter(|(n, _)| n.eq_ignore_ascii_case(name))?.1.to_string());
+        let of = |line: &String| {
+            Some(line.split_once(": ").filter(|(n, _)| n.eq_ignore_ascii_case(name))?.1.to_string())
+        };
         headers.iter().find_map(of)
     };
     let path = first.split(' ').nth(1).unwrap_or_default().to_string();
@@ -84,7 +86,8 @@ fn answer(stream: &TcpStream, served: &Mutex<Served>, asked: &Mutex<Vec<String>>
     }
     let mut out = stream;
     let mut reply = |status: u16, headers: &str, length: usize, body: &[u8]| {
-        let head = format!("HTTP/1.1 {status} .\r\nContent-Length: {length}\r\nConnection: close\r\n{headers}\r\n");
+        let head =
+            format!("HTTP/1.1 {status} .\r\nContent-Length: {length}\r\nConnection: close\r\n{headers}\r\n");
         let _ = out.write_all(head.as_bytes()).and_then(|()| out.write_all(body));
         let _ = stream.shutdown(Shutdown::Write);
     };
@@ -95,7 +98,8 @@ fn answer(stream: &TcpStream, served: &Mutex<Served>, asked: &Mutex<Vec<String>>
         return reply(status, "", 0, b"");
     }
     if path == "/api/models/org/pair/revision/main" {
-        let siblings: Vec<_> = state.files.keys().map(|name| serde_json::json!({ "rfilename": name })).collect();
+        let siblings: Vec<_> =
+            state.files.keys().map(|name| serde_json::json!({ "rfilename": name })).collect();
         let info = serde_json::json!({ "siblings": siblings, "sha": COMMIT }).to_string();
         return reply(200, "", info.len(), info.as_bytes());
     }
@@ -103,10 +107,11 @@ fn answer(stream: &TcpStream, served: &Mutex<Served>, asked: &Mutex<Vec<String>>
     let Some(file) = name.and_then(|name| state.files.get(name)).cloned() else {
         return reply(404, "", 0, b"");
     };
-    let etag: String = match name.is_some_and(|name| name.ends_with(".safetensors") || name.ends_with(".gguf")) {
-        true => Sha256::digest(&file).iter().map(|byte| format!("{byte:02x}")).collect(),
-        false => format!("{:040x}", file.len()),
-    };
+    let etag: String =
+        match name.is_some_and(|name| name.ends_with(".safetensors") || name.ends_with(".gguf")) {
+            true => Sha256::digest(&file).iter().map(|byte| format!("{byte:02x}")).collect(),
+            false => format!("{:040x}", file.len()),
+        };
     let mut bytes = file.clone();
     if state.damaged {
         bytes.iter_mut().for_each(|byte| *byte ^= 1);
@@ -123,7 +128,10 @@ fn answer(stream: &TcpStream, served: &Mutex<Served>, asked: &Mutex<Vec<String>>
         return reply(416, "", 0, b"");
     }
     let body = &bytes[start..end];
-    let told = format!("ETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\nContent-Range: bytes {start}-{}/{size}\r\n", end - 1);
+    let told = format!(
+        "ETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\nContent-Range: bytes {start}-{}/{size}\r\n",
+        end - 1
+    );
     let sent = match state.cuts {
         cuts if cuts > 0 && body.len() > state.cut => {
             state.cuts = cuts - 1;
@@ -171,7 +179,10 @@ fn a_model_is_fetched_once_and_found_again_without_the_hub() {
     assert_eq!(named(&place), ["config.json", "model.safetensors", "tokenizer.json"]);
     assert_eq!(fs::read(place.join("model.safetensors")).expect("it reads"), bytes(100_000));
     let asked = hub.asked();
-    assert!(asked.last().is_some_and(|last| last.contains("model.safetensors")), "weights come last: {asked:?}");
+    assert!(
+        asked.last().is_some_and(|last| last.contains("model.safetensors")),
+        "weights come last: {asked:?}"
+    );
     assert_eq!(fetch(&client, "hf:org/pair").expect("it is found"), place);
     assert_eq!(fetch(&Hub { offline: true, ..client.clone() }, "hf:org/pair").expect("it is found"), place);
     assert!(hub.asked().is_empty(), "the hub was asked again");
@@ -199,7 +210,8 @@ fn shards_files_and_fusers() {
     let cache = tempfile::tempdir().expect("a folder");
     let client = hub.client(&cache);
     let place = fetch(&client, "hf:org/pair").expect("shards are fetched");
-    let expected = ["config.json", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"];
+    let expected =
+        ["config.json", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"];
     assert_eq!(named(&place), expected);
     let gguf = fetch(&client, "hf:org/pair/quantised/q4.gguf").expect("a file is fetched");
     assert_eq!(fs::read(gguf).expect("it reads"), bytes(500));
@@ -231,7 +243,8 @@ fn a_list_of_shards_cannot_lead_out_of_the_cache() {
 
 #[test]
 fn a_broken_transfer_goes_on_where_it_stopped() {
-    let (hub, cache) = (MockHub::new(Served { cut: 40_000, cuts: 1, ..model() }), tempfile::tempdir().expect("a folder"));
+    let (hub, cache) =
+        (MockHub::new(Served { cut: 40_000, cuts: 1, ..model() }), tempfile::tempdir().expect("a folder"));
     let place = fetch(&hub.client(&cache), "hf:org/pair").expect("it is taken up again");
     assert_eq!(fs::read(place.join("model.safetensors")).expect("it reads"), bytes(100_000));
     let asked: Vec<_> = hub.asked().into_iter().filter(|asked| asked.contains("model.safetensors")).collect();
@@ -240,7 +253,8 @@ fn a_broken_transfer_goes_on_where_it_stopped() {
 
 #[test]
 fn a_transfer_that_keeps_breaking_is_kept_for_the_next_run() {
-    let (hub, cache) = (MockHub::new(Served { cut: 20_000, cuts: 3, ..model() }), tempfile::tempdir().expect("a folder"));
+    let (hub, cache) =
+        (MockHub::new(Served { cut: 20_000, cuts: 3, ..model() }), tempfile::tempdir().expect("a folder"));
     let error = fetch(&hub.client(&cache), "hf:org/pair").expect_err("it breaks three times");
     assert!(matches!(error, Error::Transfer { .. }), "{error}");
     assert!(error.to_string().contains("goes on where it stopped"), "{error}");
@@ -309,5 +323,8 @@ fn errors_say_what_to_do() {
     assert!(matches!(error, Error::Unreachable { .. }), "{error}");
     assert!(error.to_string().contains("local folder"), "{error}");
     let error = fetch(&Hub { offline: true, ..gone }, "hf:org/other").expect_err("it is not there");
-    assert!(matches!(error, Error::Offline { .. }) && error.to_string().contains("HF_HUB_OFFLINE"), "{error}");
+    assert!(
+        matches!(error, Error::Offline { .. }) && error.to_string().contains("HF_HUB_OFFLINE"),
+        "{error}"
+    );
 }

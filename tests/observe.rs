@@ -153,8 +153,10 @@ fn weights_and_gates_explain_the_fused_cache() {
         let ours = plain.receiver.read(layer, 0, prompt.ids.len()).expect("it reads");
         let theirs = plain.sharers[0].read(route.sharer, 0, plain.sharers[0].ids().len()).expect("it reads");
         let after = fused.receiver.read(layer, 0, prompt.ids.len()).expect("it reads");
-        let halves =
-            [("key", &ours.keys, &theirs.keys, &after.keys), ("value", &ours.values, &theirs.values, &after.values)];
+        let halves = [
+            ("key", &ours.keys, &theirs.keys, &after.keys),
+            ("value", &ours.values, &theirs.values, &after.values),
+        ];
         for (number, (half, ours, theirs, after)) in halves.into_iter().enumerate() {
             let parameters = Plain { parameters: &fuser.projectors()[route.projector], queue, half };
             let (target_width, source_width) = (ours.len() / prompt.ids.len(), {

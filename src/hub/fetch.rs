@@ -55,13 +55,18 @@ impl Hub {
             .with_progress(false)
             .build()
             .map_err(|error| self.failed(reference, error))?;
-        let info =
-            api.repo(at(&reference.revision)).info().map_err(|error| self.failed(reference, error))?;
+        let info = api.repo(at(&reference.revision)).info().map_err(|error| self.failed(reference, error))?;
         if !is_name(&info.sha) {
             let (file, problem) = (reference.to_string(), format!("`{}` is no commit", info.sha));
             return Err(Error::Damaged { file, problem });
         }
-        let source = Source { hub: self, reference, api: &api, repo: api.repo(at(&info.sha)), cache: cache.repo(at(&info.sha)) };
+        let source = Source {
+            hub: self,
+            reference,
+            api: &api,
+            repo: api.repo(at(&info.sha)),
+            cache: cache.repo(at(&info.sha)),
+        };
         let listing: Vec<String> = info.siblings.into_iter().map(|sibling| sibling.rfilename).collect();
         let place = source.bring(&listing)?;
         let named = cache.repo(at(&reference.revision)).create_ref(&info.sha);
@@ -154,13 +159,17 @@ impl Source<'_> {
         let has = |name: &str| here.contains(&name);
         // Whatever else a repository keeps there (other formats of the same weights, pictures) is not read.
         let described = |name: &&&str| {
-            let of_fuser = **name == "fuser.json" || (name.starts_with("projector_") && name.ends_with(".json"));
+            let of_fuser =
+                **name == "fuser.json" || (name.starts_with("projector_") && name.ends_with(".json"));
             COMPANIONS.contains(name) || of_fuser
         };
         let is_projector = |name: &&&str| {
             name.starts_with("projector_") && (name.ends_with(".pt") || name.ends_with(".safetensors"))
         };
-        let whole = has(SINGLE) || has(INDEX) || has(FUSER) || (has(PROJECTORS) && here.iter().any(|name| is_projector(&name)));
+        let whole = has(SINGLE)
+            || has(INDEX)
+            || has(FUSER)
+            || (has(PROJECTORS) && here.iter().any(|name| is_projector(&name)));
         if !whole {
             return Err(Error::NoWeights { reference: reference(), others: others() });
         }

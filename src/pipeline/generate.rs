@@ -48,62 +48,124 @@ pub fn generate(
     lane: &mut Lane,
     logits: Vec<f32>,
     params: &SamplingParams,
-    mut stream: Stream,
+    stream: Stream,
 ) -> Result<Generation, Error> {
-    let mut sampler = Sampler::new(params.clone(), lane.ids())?;
-    let mut stop = StopMatcher::new(&params.stop);
-    let mut answer = Generation {
-        tokens: Vec::new(),
-        text: String::new(),
-        finish_reason: FinishReason::Length,
-        logprobs: Vec::new(),
-        scores: Vec::new(),
-        decode: Duration::ZERO,
-    };
+    let Stream { detokenizer, on_text, keep_scores } = stream;
+    let mut turn = Turn::new(params.clone(), lane.ids(), detokenizer)?;
+    let mut scores = Vec::new();
     let mut next = Next::Logits(logits);
-    let mut begin = None;
     loop {
         let sampled = match &next {
-            Next::Logits(logits) => sampler.sample(logits)?,
+            Next::Logits(logits) => turn.sampler.sample(logits)?,
             Next::Sampled(sampled) => sampled.clone(),
         };
-        let begin = *begin.get_or_insert_with(Instant::now);
-        if params.ends_at(sampled.token) {
-            answer.finish_reason = FinishReason::Stop;
+        let room = lane.decoder.config.context_length.saturating_sub(lane.ids().len());
+        let token = sampled.token;
+        let taken = turn.take(sampled, room);
+        if let (true, true, Next::Logits(logits)) = (keep_scores, taken.kept, &next) {
+            scores.extend(logits);
+        }
+        if !taken.text.is_empty() {
+            on_text(&taken.text);
+        }
+        if taken.finished.is_some() {
             break;
         }
-        if let (true, Next::Logits(logits)) = (stream.keep_scores, &next) {
-            answer.scores.extend(logits);
+        next = step(lane, &mut turn.sampler, token, keep_scores)?;
+    }
+    Ok(Generation { scores, ..turn.end() })
+}
+
+/// One answer while it grows, token by token.
+pub struct Turn {
+    pub sampler: Sampler,
+    params: SamplingParams,
+    stop: StopMatcher,
+    /// Gone once the answer has ended.
+    detokenizer: Option<Detokenizer>,
+    answer: Generation,
+    begin: Option<Instant>,
+}
+
+/// What became of a token.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    /// Text that is now sure to be part of the answer.
+    pub text: String,
+    /// Whether the token is part of the answer: an end token is not.
+    pub kept: bool,
+    pub finished: Option<FinishReason>,
+}
+
+impl Turn {
+    /// `prompt` counts for penalties; without a detokenizer there is no text, and no stop string is found.
+    pub fn new(
+        params: SamplingParams,
+        prompt: &[u32],
+        detokenizer: Option<Detokenizer>,
+    ) -> Result<Turn, Error> {
+        let sampler = Sampler::new(params.clone(), prompt)?;
+        let answer = Generation {
+            tokens: Vec::new(),
+            text: String::new(),
+            finish_reason: FinishReason::Length,
+            logprobs: Vec::new(),
+            scores: Vec::new(),
+            decode: Duration::ZERO,
+        };
+        let stop = StopMatcher::new(&params.stop);
+        Ok(Turn { sampler, params, stop, detokenizer, answer, begin: None })
+    }
+
+    /// Takes the next token; the cache has `room` for it and that many less one after it.
+    pub fn take(&mut self, sampled: Sampled, room: usize) -> Taken {
+        let begin = *self.begin.get_or_insert_with(Instant::now);
+        if self.params.ends_at(sampled.token) {
+            return self.finish(String::new(), false, FinishReason::Stop);
         }
-        answer.tokens.push(sampled.token);
-        answer.logprobs.extend(sampled.logprobs);
-        answer.decode = begin.elapsed();
-        if let Some(detokenizer) = &mut stream.detokenizer {
-            let step = stop.push(&detokenizer.push(sampled.token));
-            emit(&mut answer, &mut stream.on_text, &step.emit);
+        self.answer.tokens.push(sampled.token);
+        self.answer.logprobs.extend(sampled.logprobs);
+        self.answer.decode = begin.elapsed();
+        let mut text = String::new();
+        if let Some(detokenizer) = &mut self.detokenizer {
+            let step = self.stop.push(&detokenizer.push(sampled.token));
+            text = step.emit;
             if step.stopped {
-                answer.finish_reason = FinishReason::Stop;
-                return Ok(answer);
+                self.detokenizer = None;
+                return self.finish(text, true, FinishReason::Stop);
             }
         }
-        if answer.tokens.len() == params.max_new_tokens
-            || lane.ids().len() + 1 >= lane.decoder.config.context_length
-        {
-            break;
+        if self.answer.tokens.len() == self.params.max_new_tokens || room <= 1 {
+            return self.finish(text, true, FinishReason::Length);
         }
-        next = step(lane, &mut sampler, sampled.token, stream.keep_scores)?;
+        self.answer.text.push_str(&text);
+        Taken { text, kept: true, finished: None }
     }
-    if let Some(detokenizer) = stream.detokenizer.take() {
-        let step = stop.push(&detokenizer.finish());
-        emit(&mut answer, &mut stream.on_text, &step.emit);
-        if step.stopped {
-            answer.finish_reason = FinishReason::Stop;
-        } else {
-            let rest = stop.finish();
-            emit(&mut answer, &mut stream.on_text, &rest);
+
+    /// The end: what is held back is part of the answer unless a stop string is in it.
+    fn finish(&mut self, mut text: String, kept: bool, mut reason: FinishReason) -> Taken {
+        if let Some(detokenizer) = self.detokenizer.take() {
+            let step = self.stop.push(&detokenizer.finish());
+            text.push_str(&step.emit);
+            if step.stopped {
+                reason = FinishReason::Stop;
+            } else {
+                text.push_str(&self.stop.finish());
+            }
         }
+        self.answer.text.push_str(&text);
+        self.answer.finish_reason = reason;
+        Taken { text, kept, finished: Some(reason) }
     }
-    Ok(answer)
+
+    /// The answer so far.
+    pub fn answer(&self) -> &Generation {
+        &self.answer
+    }
+
+    pub fn end(self) -> Generation {
+        self.answer
+    }
 }
 
 /// What the next token comes from.
@@ -121,12 +183,5 @@ fn step(lane: &mut Lane, sampler: &mut Sampler, id: u32, keep_scores: bool) -> R
     match sampler.accept(&drawn)? {
         Some(sampled) => Ok(Next::Sampled(sampled)),
         None => Ok(Next::Logits(lane.step_logits()?)),
-    }
-}
-
-fn emit(answer: &mut Generation, on_text: &mut &mut dyn FnMut(&str), text: &str) {
-    if !text.is_empty() {
-        answer.text.push_str(text);
-        on_text(text);
     }
 }

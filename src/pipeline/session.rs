@@ -17,10 +17,11 @@ use crate::{
 use clap::ValueEnum;
 use serde::Serialize;
 use std::{
+    collections::HashMap,
     num::ParseIntError,
     path::{Path, PathBuf},
     str::FromStr,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -159,7 +160,8 @@ pub struct Session {
     /// For each fuser, per receiver layer.
     pub gates: Vec<Gates>,
     options: SessionOptions,
-    aligner: OnceLock<Aligner>,
+    /// Made for the first question, then kept: they remember what they have aligned.
+    aligners: Mutex<HashMap<Alignment, Arc<Aligner>>>,
     load: Duration,
 }
 
@@ -210,8 +212,8 @@ impl Session {
                 fusers.push(fuser);
             }
         }
-        let (aligner, load) = (OnceLock::new(), start.elapsed());
-        let session = Session { backend, receiver, sharers, fusers, gates, options, aligner, load };
+        let (aligners, load) = (Mutex::default(), start.elapsed());
+        let session = Session { backend, receiver, sharers, fusers, gates, options, aligners, load };
         session.log_memory("after loading");
         Ok(session)
     }
@@ -267,7 +269,8 @@ impl Session {
         }
     }
 
-    fn encode(&self, model: &Model, question: &Question) -> Result<Vec<u32>, Error> {
+    /// What `model` reads of `question`.
+    pub fn encode(&self, model: &Model, question: &Question) -> Result<Vec<u32>, Error> {
         let tokenizer = model.tokenizer()?;
         let ids = match question {
             Question::Raw(text) => tokenizer.encode(text, true)?.ids,
@@ -278,7 +281,8 @@ impl Session {
         if ids.is_empty() { Err(Error::EmptyPrompt) } else { Ok(ids) }
     }
 
-    fn with_stops(&self, model: &Model, params: &SamplingParams) -> Result<SamplingParams, Error> {
+    /// The end tokens of `model` are added to those of `params`.
+    pub fn with_stops(&self, model: &Model, params: &SamplingParams) -> Result<SamplingParams, Error> {
         let mut params = params.clone();
         params.eos.extend(&model.tokenizer()?.special().eos);
         Ok(params)
@@ -347,13 +351,11 @@ impl Session {
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, Error> {
         let Question::Chat { messages, template } = question else { return Err(Error::T2tNeedsChat) };
-        let last = messages.iter().rposition(|message| message.role == "user").ok_or(Error::T2tNeedsChat)?;
-        let text = &messages[last].content;
         let chat = |messages| Question::Chat { messages, template: template.clone() };
-        let stage1 = self.run_alone(&self.sharers[0], &chat(t2t::ask(text)), params, &mut |_| {})?;
+        let ask = t2t::first_stage(messages).ok_or(Error::T2tNeedsChat)?;
+        let stage1 = self.run_alone(&self.sharers[0], &chat(ask), params, &mut |_| {})?;
         let background = stage1.generation.text.trim().to_string();
-        let mut conversation = messages[..last].to_vec();
-        conversation.extend(t2t::answer(text, &background));
+        let conversation = t2t::second_stage(messages, &background).ok_or(Error::T2tNeedsChat)?;
         let stage2 = self.run_alone(self.receiver()?, &chat(conversation), params, on_text)?;
         let mut answer = self.blank(stage2.generation);
         answer.kv_bytes = stage1.kv_bytes.max(stage2.kv_bytes);
@@ -369,34 +371,41 @@ impl Session {
         Ok(answer)
     }
 
-    /// Made for the first question, then kept: it remembers what it has aligned.
-    fn aligner(&self) -> Result<&Aligner, Error> {
-        if let Some(aligner) = self.aligner.get() {
-            return Ok(aligner);
+    fn aligner(&self, alignment: Alignment) -> Result<Arc<Aligner>, Error> {
+        // A lock that was poisoned guards a map that is whole.
+        let mut aligners = self.aligners.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(aligner) = aligners.get(&alignment) {
+            return Ok(aligner.clone());
         }
         let receiver = self.receiver()?.tokenizer()?;
         let sharers =
             self.sharers.iter().map(|model| model.tokenizer().cloned()).collect::<Result<Vec<_>, _>>()?;
-        let aligner = Aligner::new(receiver, &sharers, self.options.alignment)?;
-        Ok(self.aligner.get_or_init(|| aligner))
+        let aligner = Arc::new(Aligner::new(receiver, &sharers, alignment)?);
+        aligners.insert(alignment, aligner.clone());
+        Ok(aligner)
     }
 
-    fn aligned(&self, question: &Question) -> Result<(AlignedPrompt, Duration), Error> {
-        let aligner = self.aligner()?;
-        let start = Instant::now();
+    /// What receiver and sharers read of `question`; `None` is the alignment of the options.
+    pub fn aligned(
+        &self,
+        question: &Question,
+        alignment: Option<Alignment>,
+        fraction: Option<Fraction>,
+    ) -> Result<AlignedPrompt, Error> {
+        let aligner = self.aligner(alignment.unwrap_or(self.options.alignment))?;
         let mut prompt = match question {
             Question::Raw(text) => aligner.raw(text)?,
             Question::Chat { messages, template } => {
                 aligner.chat(messages, &ChatOptions { template: template.clone(), open_last: false })?
             }
         };
-        if let Some(fraction) = self.options.fraction {
+        if let Some(fraction) = fraction {
             prompt.sections = fraction.apply(&prompt.sections);
         }
         for remark in &prompt.remarks {
             log::warn!("{remark}");
         }
-        Ok((prompt, start.elapsed()))
+        Ok(prompt)
     }
 
     fn answer_c2c(
@@ -405,9 +414,12 @@ impl Session {
         params: &SamplingParams,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, Error> {
-        let start = Instant::now();
         let receiver = self.receiver()?;
-        let (aligned, align) = self.aligned(question)?;
+        // A tokenizer is made ready once, which is no part of a question's time.
+        self.aligner(self.options.alignment)?;
+        let start = Instant::now();
+        let aligned = self.aligned(question, None, self.options.fraction)?;
+        let align = start.elapsed();
         let prompt = Prompt::from(aligned);
         let params = self.with_stops(receiver, params)?;
         let sharer_tokens: Vec<usize> = prompt.sharers.iter().map(|own| own.ids.len()).collect();

@@ -17,3 +17,20 @@ pub(crate) fn answer(question: &str, background: &str) -> Vec<Message> {
     messages.extend([Message::new("assistant", background), Message::new("user", question)]);
     messages
 }
+
+/// Stage 1 of a conversation: about its last user message, if there is one.
+pub(crate) fn first_stage(messages: &[Message]) -> Option<Vec<Message>> {
+    Some(ask(&messages[last_question(messages)?].content))
+}
+
+/// Stage 2: what came before that message, then [`answer`].
+pub(crate) fn second_stage(messages: &[Message], background: &str) -> Option<Vec<Message>> {
+    let last = last_question(messages)?;
+    let mut conversation = messages[..last].to_vec();
+    conversation.extend(answer(&messages[last].content, background));
+    Some(conversation)
+}
+
+fn last_question(messages: &[Message]) -> Option<usize> {
+    messages.iter().rposition(|message| message.role == "user")
+}

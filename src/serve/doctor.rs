@@ -162,8 +162,7 @@ fn rendered(tokenizer: Option<&Tokenizer>) -> Result<String, String> {
 
 /// Whether the fuser was made for these two.
 fn fuser(pair: &Pair, receiver: &Model, sharer: &Model, backend: &Arc<dyn Backend>) -> Section {
-    let mut section =
-        Section { title: "fuser", sides: ["made for", "found"], items: Vec::new() };
+    let mut section = Section { title: "fuser", sides: ["made for", "found"], items: Vec::new() };
     let FuserChoice::Load(path) = pair.fuser else {
         let mapping = LayerMapping::LAST_ALIGNED.to_string();
         let sides = [format!("this pair, layers mapped by {mapping}"), "untrained: changes nothing".into()];
@@ -204,7 +203,11 @@ fn reading(alignment: Alignment, receiver: &Tokenizer, sharer: &Tokenizer) -> Se
             let share = format!("{:.1} %", 100.0 * found.one_to_one_rate());
             items.push(item("one token for one", ["as many as can be".into(), share], Verdict::Fits));
             let failures = found.failures.len();
-            items.push(item("tokens without counterpart", ["0".into(), failures.to_string()], note(failures == 0)));
+            items.push(item(
+                "tokens without counterpart",
+                ["0".into(), failures.to_string()],
+                note(failures == 0),
+            ));
             let errors = format!("{:.1} %", 100.0 * found.character_error_rate);
             // Ids that mean something else to the sharer: it reads noise.
             let verdict = match alignment {
