@@ -90,6 +90,14 @@ impl FromStr for FuserChoice {
 }
 
 impl FuserChoice {
+    /// With a checkpoint that was named `hf:…` or `builtin:…` found, see [`crate::hub::local`].
+    pub fn local(&self) -> Result<FuserChoice, crate::hub::Error> {
+        Ok(match self {
+            FuserChoice::Load(path) => FuserChoice::Load(crate::hub::local(path)?),
+            init => init.clone(),
+        })
+    }
+
     /// Width of an untrained fuser: enough to drive the road, quick to make.
     const INIT_HIDDEN: usize = 256;
 

@@ -11,10 +11,10 @@ use super::{
 use crate::{
     align::Aligner,
     backend::{Backend, DType, Precision, Queue},
-    builtin,
     data::Example,
     durable::WriteError,
     fuser::{Fuser, FuserConfig, Training},
+    hub,
     model::{self, ModelConfig},
     pipeline::Model,
     tokenizer::Tokenizer,
@@ -56,11 +56,13 @@ impl Trainee {
         let decay = config.optimizer.decay;
         let (precision, kv) = (config.dtype.precision(), config.dtype.kv());
         let load = |path: &Path, precision: Precision| {
-            let path = builtin::resolve(path);
-            Model::load(&path, backend, precision, &|done, total| watcher.loading(&path, done, total))
+            let path = hub::local(path)?;
+            let model =
+                Model::load(&path, backend, precision, &|done, total| watcher.loading(&path, done, total))?;
+            Ok::<Model, Error>(model)
         };
         if config.what == What::Model {
-            let path = builtin::resolve(&config.receiver);
+            let path = hub::local(&config.receiver)?;
             let tokenizer = Tokenizer::from_folder(&path)?;
             let model_config = ModelConfig::from_folder(&path)?;
             let trainer = if model::has_weights(&path) {
@@ -90,7 +92,7 @@ impl Trainee {
         let mut fusers = Vec::new();
         for (number, sharer) in sharers.iter().enumerate() {
             let fuser = match config.fuser.checkpoints.get(number) {
-                Some(path) => Fuser::load(&builtin::resolve(path), backend)?,
+                Some(path) => Fuser::load(&hub::local(path)?, backend)?,
                 None => {
                     let f = &config.fuser;
                     let new = receiver.fuser_config(sharer, f.kind, (f.hidden, f.intermediate), f.mapping);
@@ -354,7 +356,7 @@ impl Trainee {
             }
             Trainee::Model { trainer, .. } => {
                 trainer.save(folder)?;
-                let from = builtin::resolve(&config.receiver);
+                let from = hub::local(&config.receiver)?;
                 for name in model::COMPANIONS {
                     let (from, to) = (from.join(name), folder.join(name));
                     if from.is_file() && from != to {
