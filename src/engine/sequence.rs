@@ -99,10 +99,13 @@ impl Answering {
         let (id, logprobs) = (sampled.token, sampled.logprobs.clone());
         let room = self.limit.saturating_sub(self.lane.ids().len());
         let mut taken = self.turn.take(sampled, room);
+        let mut end = None;
         if taken.kept {
             metrics.generation_tokens.inc();
             let text = std::mem::take(&mut taken.text);
             self.course.outlet.send(Event::Token(Token { id, text, logprobs }));
+        } else {
+            end = Some(Token { id, text: String::new(), logprobs });
         }
         self.next = id;
         let Some(finish_reason) = taken.finished else { return true };
@@ -115,6 +118,7 @@ impl Answering {
         });
         self.course.outlet.send(Event::Done(Done {
             text: taken.text,
+            end,
             finish_reason,
             tokens: answer.tokens.len(),
             first_token: first - self.course.arrived,
