@@ -26,9 +26,13 @@ pub mod engine;
 
 pub mod builtin;
 
+pub mod hub;
+
 pub mod data;
 
 pub mod train;
+
+pub mod serve;
 
 pub mod rng;
 

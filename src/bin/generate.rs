@@ -6,6 +6,7 @@ use c2c::{
     builtin,
     engine::{Rules, SamplingParams},
     fuser::{FusionMode, GateOverride},
+    hub,
     pipeline::{self, Answer, ComputeType, FuserChoice, Mode, Overlap, Question, Session, SessionOptions},
     tokenizer::{Message, TemplateOptions},
 };
@@ -22,7 +23,8 @@ use std::{
 /// Ask a pair of language models that communicate through their KV-caches.
 ///
 /// The Sharer and the Receiver read the same prompt; a fuser adds what the Sharer's cache knows to the Receiver's;
-/// the Receiver answers. Models are Hugging Face folders (config.json, tokenizer.json, *.safetensors) or GGUF files.
+/// the Receiver answers. Models are Hugging Face folders (config.json, tokenizer.json, *.safetensors) or GGUF files, or
+/// hf:org/name[@revision] and hf:org/name/file.gguf, which are fetched from the Hub (HF_HOME, HF_ENDPOINT, HF_TOKEN).
 /// Without --receiver, --sharer and --fuser the small built-in pair answers.
 ///
 /// Example:
@@ -30,7 +32,7 @@ use std::{
 #[derive(Parser)]
 #[command(version, verbatim_doc_comment, group = ArgGroup::new("question").required(true))]
 struct Args {
-    /// The model that answers: a folder or a .gguf file
+    /// The model that answers: a folder, a .gguf file or hf:org/name
     #[arg(long, value_name = "PATH", help_heading = "Models")]
     receiver: Option<PathBuf>,
     /// A model that shares its cache; may be given several times
@@ -212,7 +214,7 @@ fn run(args: Args) -> Result<(), Box<dyn Error>> {
     SamplingParams { max_new_tokens: params.max_new_tokens.max(least), ..params.clone() }.validate()?;
     let question = question(&args)?;
     let bar = Mutex::new(None);
-    let mut session = Session::open(options(&args), &|path, done, total| progress(&bar, path, done, total))?;
+    let mut session = Session::open(options(&args)?, &|path, done, total| progress(&bar, path, done, total))?;
     if args.include_response {
         session = session.including_response()?;
     }
@@ -261,13 +263,13 @@ fn replay(args: &Args, session: &Session, params: &SamplingParams) -> Result<(),
     Ok(())
 }
 
-fn options(args: &Args) -> SessionOptions {
+fn options(args: &Args) -> Result<SessionOptions, hub::Error> {
     let none_named = args.receiver.is_none() && args.sharer.is_empty() && args.fuser.is_empty();
     let given = SessionOptions {
         mode: args.mode,
-        receiver: args.receiver.clone(),
-        sharers: args.sharer.clone(),
-        fusers: args.fuser.clone(),
+        receiver: args.receiver.as_deref().map(hub::local).transpose()?,
+        sharers: args.sharer.iter().map(|path| hub::local(path)).collect::<Result<_, _>>()?,
+        fusers: args.fuser.iter().map(FuserChoice::local).collect::<Result<_, _>>()?,
         multi_sharer: args.multi_sharer,
         alignment: args.alignment,
         mapping: args.mapping,
@@ -279,14 +281,14 @@ fn options(args: &Args) -> SessionOptions {
         overlap: args.overlap,
     };
     if !none_named {
-        return given;
+        return Ok(given);
     }
-    SessionOptions {
+    Ok(SessionOptions {
         receiver: Some(builtin::path("receiver")),
         sharers: vec![builtin::path("sharer")],
         fusers: vec![FuserChoice::Load(builtin::path("fuser"))],
         ..given
-    }
+    })
 }
 
 fn sampling(args: &Args) -> SamplingParams {

@@ -47,8 +47,8 @@ pub trait Decode {
     /// Token ids in the cache.
     fn ids(&self) -> &[u32];
 
-    /// Whether the answer has to end with the token that comes next.
-    fn is_full(&self) -> bool;
+    /// Tokens that the context has room for.
+    fn room(&self) -> usize;
 
     /// Appends `id` and returns the logits `[vocab]` after it.
     fn step(&mut self, id: u32) -> Result<Vec<f32>, Error>;
@@ -67,8 +67,8 @@ impl Decode for Lane {
         Lane::ids(self)
     }
 
-    fn is_full(&self) -> bool {
-        Lane::ids(self).len() + 1 >= self.decoder.config.context_length
+    fn room(&self) -> usize {
+        self.decoder.config.context_length.saturating_sub(Lane::ids(self).len())
     }
 
     fn step(&mut self, id: u32) -> Result<Vec<f32>, Error> {
@@ -91,60 +91,124 @@ pub fn generate(
     on: &mut dyn Decode,
     logits: Vec<f32>,
     params: &SamplingParams,
-    mut stream: Stream,
+    stream: Stream,
 ) -> Result<Generation, Error> {
-    let mut sampler = Sampler::new(params.clone(), on.ids())?;
-    let mut stop = StopMatcher::new(&params.stop);
-    let mut answer = Generation {
-        tokens: Vec::new(),
-        text: String::new(),
-        finish_reason: FinishReason::Length,
-        logprobs: Vec::new(),
-        scores: Vec::new(),
-        decode: Duration::ZERO,
-    };
+    let Stream { detokenizer, on_text, keep_scores } = stream;
+    let mut turn = Turn::new(params.clone(), on.ids(), detokenizer)?;
+    let mut scores = Vec::new();
     let mut next = Next::Logits(logits);
-    let mut begin = None;
     loop {
         let sampled = match &next {
-            Next::Logits(logits) => sampler.sample(logits)?,
+            Next::Logits(logits) => turn.sampler.sample(logits)?,
             Next::Sampled(sampled) => sampled.clone(),
         };
-        let begin = *begin.get_or_insert_with(Instant::now);
-        if params.ends_at(sampled.token) {
-            answer.finish_reason = FinishReason::Stop;
+        let room = on.room();
+        let token = sampled.token;
+        let taken = turn.take(sampled, room);
+        if let (true, true, Next::Logits(logits)) = (keep_scores, taken.kept, &next) {
+            scores.extend(logits);
+        }
+        if !taken.text.is_empty() {
+            on_text(&taken.text);
+        }
+        if taken.finished.is_some() {
             break;
         }
-        if let (true, Next::Logits(logits)) = (stream.keep_scores, &next) {
-            answer.scores.extend(logits);
+        next = step(on, &mut turn.sampler, token, keep_scores)?;
+    }
+    Ok(Generation { scores, ..turn.end() })
+}
+
+/// One answer while it grows, token by token.
+pub struct Turn {
+    pub sampler: Sampler,
+    params: SamplingParams,
+    stop: StopMatcher,
+    /// Gone once the answer has ended.
+    detokenizer: Option<Detokenizer>,
+    answer: Generation,
+    begin: Option<Instant>,
+}
+
+/// What became of a token.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    /// Text that is now sure to be part of the answer.
+    pub text: String,
+    /// Whether the token is part of the answer: an end token is not.
+    pub kept: bool,
+    pub finished: Option<FinishReason>,
+}
+
+impl Turn {
+    /// `prompt` counts for penalties; without a detokenizer there is no text, and no stop string is found.
+    pub fn new(
+        params: SamplingParams,
+        prompt: &[u32],
+        detokenizer: Option<Detokenizer>,
+    ) -> Result<Turn, Error> {
+        let sampler = Sampler::new(params.clone(), prompt)?;
+        let answer = Generation {
+            tokens: Vec::new(),
+            text: String::new(),
+            finish_reason: FinishReason::Length,
+            logprobs: Vec::new(),
+            scores: Vec::new(),
+            decode: Duration::ZERO,
+        };
+        let stop = StopMatcher::new(&params.stop);
+        Ok(Turn { sampler, params, stop, detokenizer, answer, begin: None })
+    }
+
+    /// Takes the next token; the cache has `room` for it and that many less one after it.
+    pub fn take(&mut self, sampled: Sampled, room: usize) -> Taken {
+        let begin = *self.begin.get_or_insert_with(Instant::now);
+        if self.params.ends_at(sampled.token) {
+            return self.finish(String::new(), false, FinishReason::Stop);
         }
-        answer.tokens.push(sampled.token);
-        answer.logprobs.extend(sampled.logprobs);
-        answer.decode = begin.elapsed();
-        if let Some(detokenizer) = &mut stream.detokenizer {
-            let step = stop.push(&detokenizer.push(sampled.token));
-            emit(&mut answer, &mut stream.on_text, &step.emit);
+        self.answer.tokens.push(sampled.token);
+        self.answer.logprobs.extend(sampled.logprobs);
+        self.answer.decode = begin.elapsed();
+        let mut text = String::new();
+        if let Some(detokenizer) = &mut self.detokenizer {
+            let step = self.stop.push(&detokenizer.push(sampled.token));
+            text = step.emit;
             if step.stopped {
-                answer.finish_reason = FinishReason::Stop;
-                return Ok(answer);
+                self.detokenizer = None;
+                return self.finish(text, true, FinishReason::Stop);
             }
         }
-        if answer.tokens.len() == params.max_new_tokens || on.is_full() {
-            break;
+        if self.answer.tokens.len() == self.params.max_new_tokens || room <= 1 {
+            return self.finish(text, true, FinishReason::Length);
         }
-        next = step(on, &mut sampler, sampled.token, stream.keep_scores)?;
+        self.answer.text.push_str(&text);
+        Taken { text, kept: true, finished: None }
     }
-    if let Some(detokenizer) = stream.detokenizer.take() {
-        let step = stop.push(&detokenizer.finish());
-        emit(&mut answer, &mut stream.on_text, &step.emit);
-        if step.stopped {
-            answer.finish_reason = FinishReason::Stop;
-        } else {
-            let rest = stop.finish();
-            emit(&mut answer, &mut stream.on_text, &rest);
+
+    /// The end: what is held back is part of the answer unless a stop string is in it.
+    fn finish(&mut self, mut text: String, kept: bool, mut reason: FinishReason) -> Taken {
+        if let Some(detokenizer) = self.detokenizer.take() {
+            let step = self.stop.push(&detokenizer.finish());
+            text.push_str(&step.emit);
+            if step.stopped {
+                reason = FinishReason::Stop;
+            } else {
+                text.push_str(&self.stop.finish());
+            }
         }
+        self.answer.text.push_str(&text);
+        self.answer.finish_reason = reason;
+        Taken { text, kept, finished: Some(reason) }
     }
-    Ok(answer)
+
+    /// The answer so far.
+    pub fn answer(&self) -> &Generation {
+        &self.answer
+    }
+
+    pub fn end(self) -> Generation {
+        self.answer
+    }
 }
 
 /// What the next token comes from.
@@ -162,12 +226,5 @@ fn step(on: &mut dyn Decode, sampler: &mut Sampler, id: u32, keep_scores: bool) 
     match sampler.accept(&drawn)? {
         Some(sampled) => Ok(Next::Sampled(sampled)),
         None => Ok(Next::Logits(on.step_logits()?)),
-    }
-}
-
-fn emit(answer: &mut Generation, on_text: &mut &mut dyn FnMut(&str), text: &str) {
-    if !text.is_empty() {
-        answer.text.push_str(text);
-        on_text(text);
     }
 }

@@ -54,8 +54,8 @@ impl Decode for Link {
         self.receiver.ids()
     }
 
-    fn is_full(&self) -> bool {
-        self.receiver.is_full()
+    fn room(&self) -> usize {
+        self.receiver.room()
     }
 
     fn step(&mut self, id: u32) -> Result<Vec<f32>, Error> {
@@ -262,8 +262,9 @@ impl Decode for ResponseLink {
         self.link.receiver.ids()
     }
 
-    fn is_full(&self) -> bool {
-        self.link.sharers.iter().chain([&self.link.receiver]).any(Decode::is_full)
+    fn room(&self) -> usize {
+        let lanes = self.link.sharers.iter().chain([&self.link.receiver]);
+        lanes.map(Decode::room).min().unwrap_or(0)
     }
 
     fn step(&mut self, id: u32) -> Result<Vec<f32>, Error> {

@@ -1,88 +1,96 @@
 //! One model with the cache of one conversation: what the sharer and the receiver each have.
 
-use super::Error;
+use super::{Error, decode::Steps};
 use crate::{
-    backend::{DType, Event, Graph, Queue, Tensor},
-    cache::{BlockTable, KvColumns, PagedKv},
-    model::{Activations, Batch, Decoder, Extent, Goal, Head, SequenceStep},
-    ops::{self, MAX_RANKED, Pass, SampleOperands, SampleRow, SampledRow},
+    backend::{Event, Queue},
+    cache::{Block, BlockTable, KvColumns, PagedKv},
+    model::{Activations, Batch, Decoder, Extent, Goal, SequenceStep},
+    ops::{Pass, SampleRow, SampledRow},
 };
 use std::sync::Arc;
 
 /// Tokens of one pass: longer prompts are cut, so that activations stay small.
-const MAX_PASS: usize = 512;
+pub(super) const MAX_PASS: usize = 512;
 
 /// A decoder, its queue, its pages and one sequence in them.
 pub struct Lane {
     pub decoder: Arc<Decoder>,
     pub queue: Queue,
-    pub kv: PagedKv,
-    activations: Activations,
+    pub kv: Arc<PagedKv>,
+    pub(super) passes: Arc<Passes>,
     table: BlockTable,
     ids: Vec<u32>,
     /// Cache slot of each token.
     slots: Vec<u32>,
     next_position: u32,
     /// Row of the residual stream that holds the last token of the last pass.
-    last_row: usize,
-    /// Made by the first decode step.
-    decode: Option<DecodeStep>,
+    pub(super) last_row: usize,
 }
 
-/// A decode pass captured once: only what [`Batch::fill`] uploads changes from step to step.
-struct DecodeStep {
-    batch: Batch,
-    head: Head,
-    graph: Graph,
-    draw: Option<Draw>,
+/// Memory for the passes of one queue, which run one after the other.
+pub(super) struct Passes {
+    pub activations: Activations,
+    pub steps: Steps,
 }
 
-/// Ranked tokens among which a nucleus is nearly always found.
-const NUCLEUS: usize = 128;
-
-/// What a device that draws needs for it.
-struct Draw {
-    row: Tensor,
-    ids: Tensor,
-    values: Tensor,
-    scratch: Tensor,
-    out: Tensor,
-}
-
-impl Draw {
-    fn new(queue: &Queue, vocab: usize) -> Result<Option<Draw>, Error> {
-        let backend = queue.backend();
-        let Some(device) = backend.draw_tokens() else { return Ok(None) };
-        let alloc = |dtype: DType, dims: &[usize]| backend.alloc(dtype, dims, "drawing tokens");
-        Ok(Some(Draw {
-            row: alloc(DType::U32, &[1, size_of::<SampleRow>() / 4])?,
-            ids: alloc(DType::U32, &[MAX_RANKED])?,
-            values: alloc(DType::F32, &[MAX_RANKED])?,
-            scratch: alloc(DType::U32, &[device.scratch_len(1, vocab, MAX_RANKED)])?,
-            out: alloc(DType::U32, &[1, size_of::<SampledRow>() / 4])?,
-        }))
-    }
+/// How many of `left` tokens the next piece of at most `most` takes. No piece but the only one is a single token, which would be
+/// a decode pass, and its sums in another order.
+pub(super) fn piece(left: usize, most: usize) -> usize {
+    if left.checked_sub(1) == Some(most) && most > 2 { most - 1 } else { left.min(most) }
 }
 
 impl Lane {
     /// A lane for up to `tokens` tokens.
     pub fn new(decoder: Arc<Decoder>, queue: Queue, kv: PagedKv, tokens: usize) -> Result<Lane, Error> {
-        let table = BlockTable::new(kv.pool());
-        let pass = tokens.clamp(1, MAX_PASS);
-        let extent = Extent { tokens: pass, sequences: 1, context: tokens.next_multiple_of(kv.block_size()) };
+        Lane::for_several(decoder, queue, kv, tokens, 1)
+    }
+
+    /// The same with memory for decode passes of up to `sequences` lanes: this one and [others](Lane::another) in its pages.
+    pub fn for_several(
+        decoder: Arc<Decoder>,
+        queue: Queue,
+        kv: PagedKv,
+        tokens: usize,
+        sequences: usize,
+    ) -> Result<Lane, Error> {
+        let pass = tokens.clamp(1, MAX_PASS).max(sequences);
+        let context = tokens.next_multiple_of(kv.block_size());
+        let extent = Extent { tokens: pass, sequences, context };
         let activations = Activations::new(queue.backend(), &decoder.config, decoder.precision, extent)?;
-        Ok(Lane {
-            decoder,
-            queue,
-            kv,
-            activations,
-            table,
-            ids: Vec::new(),
-            slots: Vec::new(),
-            next_position: 0,
-            last_row: 0,
-            decode: None,
-        })
+        let passes = Arc::new(Passes { activations, steps: Steps::default() });
+        Ok(Lane::empty(decoder, queue, Arc::new(kv), passes))
+    }
+
+    fn empty(decoder: Arc<Decoder>, queue: Queue, kv: Arc<PagedKv>, passes: Arc<Passes>) -> Lane {
+        let table = BlockTable::new(kv.pool());
+        let (ids, slots) = (Vec::new(), Vec::new());
+        Lane { decoder, queue, kv, passes, table, ids, slots, next_position: 0, last_row: 0 }
+    }
+
+    /// An empty lane of the same model, in the same pages and on the same queue.
+    ///
+    /// What [`Lane::logits`] reads is there until any of them runs its next pass.
+    pub fn another(&self) -> Lane {
+        Lane::empty(self.decoder.clone(), self.queue.clone(), self.kv.clone(), self.passes.clone())
+    }
+
+    /// Begins with full blocks that hold the cache of `ids`, the last of which has rotary position `next_position − 1`.
+    ///
+    /// # Panics
+    /// If the lane is not empty, or the blocks have not as many tokens as there are ids.
+    pub fn begin_with(&mut self, blocks: Vec<Block>, ids: &[u32], next_position: u32) -> Result<(), Error> {
+        assert!(self.ids.is_empty(), "a lane that has begun");
+        self.table = BlockTable::with_prefix(self.kv.pool(), blocks);
+        assert_eq!(self.table.len(), ids.len(), "blocks of other tokens");
+        self.slots = self.table.slots(0..ids.len())?;
+        self.ids = ids.to_vec();
+        self.next_position = next_position;
+        Ok(())
+    }
+
+    /// Where the tokens lie.
+    pub fn table(&self) -> &BlockTable {
+        &self.table
     }
 
     /// Token ids in the cache.
@@ -137,8 +145,12 @@ impl Lane {
         mut after_pass: impl FnMut(&Lane, usize) -> Result<(), Error>,
     ) -> Result<Vec<Event>, Error> {
         let mut events = Vec::new();
-        let capacity = self.activations.extent().tokens;
-        for (ids, positions) in ids.chunks(capacity).zip(positions.chunks(capacity)) {
+        let (mut left, mut places) = (ids, positions);
+        while !left.is_empty() {
+            let n = piece(left.len(), self.passes.activations.extent().tokens.min(MAX_PASS));
+            let (ids, positions);
+            (ids, left) = left.split_at(n);
+            (positions, places) = places.split_at(n);
             let slots = self.kv.append(&self.queue, &mut self.table, ids.len())?;
             self.slots.extend(&slots);
             self.ids.extend(ids);
@@ -152,7 +164,7 @@ impl Lane {
                 &self.queue,
                 &batch,
                 self.kv.layers(),
-                &self.activations,
+                &self.passes.activations,
                 goal,
                 |layer| before_layer(&self.queue, layer),
                 |_| events.push(self.queue.record()),
@@ -193,7 +205,7 @@ impl Lane {
             &self.queue,
             &batch,
             self.kv.layers(),
-            &self.activations,
+            &self.passes.activations,
             Goal::Hidden,
             |layer| before_layer(&self.queue, layer),
             |_| {},
@@ -204,24 +216,24 @@ impl Lane {
 
     /// Most tokens of one pass.
     pub fn pass_capacity(&self) -> usize {
-        self.activations.extent().tokens
+        self.passes.activations.extent().tokens
     }
 
     /// Logits `[vocab]` after the last appended token.
     pub fn logits(&self) -> Result<Vec<f32>, Error> {
-        Ok(self.decoder.logits(&self.queue, Pass::Decode, &self.activations, &[self.last_row as u32])?)
+        let row = [self.last_row as u32];
+        Ok(self.decoder.logits(&self.queue, Pass::Decode, &self.passes.activations, &row)?)
     }
 
     /// Logits `[tokens, vocab]` of all tokens of the last pass of `tokens`.
     pub fn pass_logits(&self, tokens: usize) -> Result<Vec<f32>, Error> {
         let rows: Vec<u32> = (0..tokens as u32).collect();
-        Ok(self.decoder.logits(&self.queue, Pass::Prefill, &self.activations, &rows)?)
+        Ok(self.decoder.logits(&self.queue, Pass::Prefill, &self.passes.activations, &rows)?)
     }
 
     /// One decode step: appends `id` at the next position and returns the logits after it.
     pub fn step(&mut self, id: u32) -> Result<Vec<f32>, Error> {
-        self.issue_step(id)?;
-        self.step_logits()
+        super::decode(&mut [self], &[id])?.logits()
     }
 
     /// The same on a device that draws: what it drew, while the logits stay there for [`Lane::step_logits`].
@@ -231,68 +243,23 @@ impl Lane {
         if self.queue.backend().draw_tokens().is_none() {
             return Ok(None);
         }
-        self.issue_step(id)?;
-        let Some(step) = &self.decode else { return Ok(None) };
-        let Some(draw) = &step.draw else { return Ok(None) };
-        let greedy = row.temperature == 0.0;
-        let k = match row.top_k {
-            _ if greedy => 0,
-            0 if row.top_p < 1.0 => NUCLEUS,
-            k => k as usize,
-        };
-        let ranked = |all: &Tensor| all.narrow(0, k).and_then(|some| some.reshape(&[1, k]));
-        let operands = SampleOperands {
-            logits: step.head.logits.clone(),
-            rows: (!greedy).then(|| draw.row.clone()),
-            ranked: ranked(&draw.ids).zip(ranked(&draw.values)).filter(|_| k > 0),
-            sums: !greedy && row.top_k == 0,
-            scratch: draw.scratch.clone(),
-            out: draw.out.clone(),
-        };
-        if !greedy {
-            self.queue.upload::<u32>(bytemuck::cast_slice(std::slice::from_ref(row)), &draw.row);
-        }
-        ops::sample(&self.queue, &operands)?;
-        let bytes = self.queue.download(&draw.out)?;
-        Ok(Some(bytemuck::pod_read_unaligned(&bytes)))
+        let drawn = super::decode(&mut [self], &[id])?.draw(std::slice::from_ref(row))?;
+        Ok(drawn.map(|rows| rows[0]))
     }
 
-    /// Logits `[vocab]` after the last decode step.
+    /// Logits `[vocab]` after the last decode step, which was of this lane alone.
     ///
     /// # Panics
     /// If there was none.
     pub fn step_logits(&self) -> Result<Vec<f32>, Error> {
-        let step = self.decode.as_ref().expect("a decode step was made");
-        Ok(self.queue.download_f32(&step.head.logits)?)
+        self.passes.steps.logits(&self.queue, 1)
     }
 
-    fn issue_step(&mut self, id: u32) -> Result<(), Error> {
-        let (ids, positions) = ([id], [self.next_position]);
-        let slots = self.kv.append(&self.queue, &mut self.table, 1)?;
-        self.slots.extend(&slots);
+    /// A place for `id` at the next position.
+    pub(super) fn push(&mut self, id: u32) -> Result<(), Error> {
+        self.slots.extend(self.kv.append(&self.queue, &mut self.table, 1)?);
         self.ids.push(id);
         self.next_position += 1;
-        self.last_row = 0;
-        let (decoder, queue) = (&self.decoder, &self.queue);
-        let blocks = self.table.block_ids();
-        let context = self.slots.len();
-        let step = SequenceStep { ids: &ids, positions: &positions, slots: &slots, blocks: &blocks, context };
-        let decode = match self.decode.take().filter(|decode| decode.batch.max_blocks >= blocks.len()) {
-            Some(decode) => decode,
-            None => {
-                let room = self.activations.extent().context / self.kv.block_size();
-                let room = room.max(blocks.len());
-                let batch = Batch::with_room(queue.backend(), &decoder.config, Pass::Decode, 1, 1, room)?;
-                let head = decoder.head(queue, 1)?;
-                let (layers, activations) = (self.kv.layers(), &self.activations);
-                let graph = queue.capture(|| decoder.decode(queue, &batch, layers, activations, &head))?;
-                let draw = Draw::new(queue, decoder.weights.lm_head.rows())?;
-                DecodeStep { batch, head, graph, draw }
-            }
-        };
-        decode.batch.fill(queue, &decoder.config, &[step])?;
-        queue.replay(&decode.graph);
-        self.decode = Some(decode);
         Ok(())
     }
 

@@ -1,21 +1,20 @@
-//! A receiver linked to its sharers: both prefills and the fuser, layer by layer.
+//! A receiver linked to its sharers: their lanes, the fuser, and what was fused so far. [`super::prefill`] is the road over them.
 //!
 //! Fusion does not change the receiver's hidden states inside a section, so layer l of the fuser may start as soon as
 //! the sharer's mapped layer and the receiver's layer l have written their K and V. Three kinds of queue (one a
 //! sharer, one for the receiver, one for the fuser) and three kinds of event (sharer layer cached → fuse, receiver
 //! layer cached → fuse, layer fused → next section) say exactly that.
 
-use super::{Error, Lane};
+use super::{Error, Lane, Prefill};
 use crate::{
     align::Section,
     backend::{DType, Event, Queue, Tensor},
     fuser::{FuseCall, Fuser, FusionMode, Gates, LayerCall, Positions},
-    model::Goal,
     ops::{self, KvPages},
 };
 use clap::ValueEnum;
 use serde::Serialize;
-use std::{ops::Range, time::Duration};
+use std::ops::Range;
 
 /// `--overlap`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, ValueEnum)]
@@ -47,30 +46,6 @@ pub struct Prompt {
     pub sections: Vec<Section>,
 }
 
-/// Times and volume of one prefill.
-#[derive(Clone, Debug, Default)]
-pub struct PrefillReport {
-    /// Work of each sharer's queue.
-    pub sharers: Vec<Duration>,
-    pub receiver: Duration,
-    pub fuse: Duration,
-    /// Time from the end of both prefills to the end of the fuse: what the overlap did not hide.
-    pub fuse_exposed: Duration,
-    /// Bytes of sharer cache read by the fuser: what goes from model to model.
-    pub fused_kv_bytes: u64,
-    /// Receiver tokens that took a sharer column, over all sharers.
-    pub fused_tokens: usize,
-}
-
-/// Which logits a prefill is run for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WantedLogits {
-    /// After the last token.
-    Last,
-    /// After every token of the last section.
-    LastSection,
-}
-
 /// Fused tokens a call: bounds the fuser's scratch.
 const MAX_FUSE: usize = 1024;
 /// Elements of scratch that layers fused together may take: 256 MiB.
@@ -85,10 +60,11 @@ pub struct Link {
     pub gates: Vec<Gates>,
     pub mode: FusionMode,
     pub overlap: Overlap,
-    queue: Queue,
+    /// The fuser's.
+    pub(super) queue: Queue,
     scratch: Option<Tensor>,
     /// What was fused so far: sections over the receiver's tokens, and the sharers' columns for them.
-    fused: Prompt,
+    pub(super) fused: Prompt,
 }
 
 impl Link {
@@ -127,7 +103,15 @@ impl Link {
         self.sharers.iter().chain([&self.receiver]).map(|lane| lane.kv.bytes()).sum()
     }
 
-    fn validate(&self, prompt: &Prompt) -> Result<(), Error> {
+    /// Waits until everything issued on any of the queues is done.
+    pub fn synchronize(&self) -> Result<(), Error> {
+        for lane in self.sharers.iter().chain([&self.receiver]) {
+            lane.queue.synchronize()?;
+        }
+        Ok(self.queue.synchronize()?)
+    }
+
+    pub(super) fn validate(&self, prompt: &Prompt) -> Result<(), Error> {
         if prompt.ids.is_empty() {
             return Err(Error::EmptyPrompt);
         }
@@ -152,114 +136,8 @@ impl Link {
         Ok(())
     }
 
-    /// Brings all caches to `prompt` and returns the receiver's logits: `[vocab]` after its last token, or
-    /// `[tokens of the last section, vocab]`.
-    ///
-    /// Called again with a longer conversation, whatever it shares with the last one (same tokens, same sections) is
-    /// kept, and the rest is fused on top.
-    pub fn prefill(
-        &mut self,
-        prompt: &Prompt,
-        wanted: WantedLogits,
-    ) -> Result<(Vec<f32>, PrefillReport), Error> {
-        self.validate(prompt)?;
-        self.note_generated();
-        self.rewind_to_shared(prompt);
-        // Until this conversation is in the caches as a whole, nothing in them may be taken for it.
-        self.fused = Prompt::default();
-        let mut report = PrefillReport::default();
-
-        let sharer_begin: Vec<Event> = self.sharers.iter().map(|lane| lane.queue.record()).collect();
-        let mut sharer_cached: Vec<Vec<Event>> = Vec::new();
-        for (lane, own) in self.sharers.iter_mut().zip(&prompt.sharers) {
-            let known = lane.ids().len();
-            sharer_cached.push(lane.append(
-                &own.ids[known..],
-                &own.positions[known..],
-                Goal::Cache,
-                |_, _| {},
-            )?);
-        }
-        let sharer_end: Vec<Event> = self.sharers.iter().map(|lane| lane.queue.record()).collect();
-        if self.overlap == Overlap::Off {
-            sharer_end.iter().for_each(|event| self.receiver.queue.wait(event));
-        }
-
-        let receiver_begin = self.receiver.queue.record();
-        let fuse_begin = self.queue.record();
-        let mut fusible_end = receiver_begin.clone();
-        let mut fused: Vec<Option<Event>> = vec![None; self.receiver.kv.layers().len()];
-        let mut logits = Vec::new();
-        let mut start = 0;
-        for (index, section) in prompt.sections.iter().enumerate() {
-            let (from, to) = (start.max(self.receiver.ids().len()), start + section.len);
-            let last = index + 1 == prompt.sections.len();
-            start = to;
-            if from >= to {
-                continue;
-            }
-            let goal = if last { Goal::Hidden } else { Goal::Cache };
-            let wait_fused = |queue: &Queue, layer: usize| {
-                if let Some(event) = &fused[layer] {
-                    queue.wait(event);
-                }
-            };
-            let cached = self.receiver.append_observed(
-                &prompt.ids[from..to],
-                &prompt.positions[from..to],
-                goal,
-                wait_fused,
-                |lane, tokens| {
-                    if last && wanted == WantedLogits::LastSection {
-                        logits.extend(lane.pass_logits(tokens)?);
-                    }
-                    Ok(())
-                },
-            )?;
-            if last || section.sharer_mask == 0 {
-                continue;
-            }
-            fusible_end = self.receiver.queue.record();
-            if self.overlap == Overlap::Off {
-                self.queue.wait(&fusible_end);
-            }
-            self.fuse_section(
-                prompt,
-                from,
-                to,
-                section.sharer_mask,
-                &sharer_cached,
-                &cached,
-                &mut fused,
-                &mut report,
-            )?;
-        }
-        let fuse_end = self.queue.record();
-        let receiver_end = self.receiver.queue.record();
-        if wanted == WantedLogits::Last {
-            logits = self.receiver.logits()?;
-        }
-        for lane in &self.sharers {
-            lane.queue.synchronize()?;
-        }
-        self.queue.synchronize()?;
-        self.fused = prompt.clone();
-
-        let spent = |end: &Event, begin: &Event| end.elapsed_since(begin).unwrap_or_default();
-        report.sharers = sharer_end.iter().zip(&sharer_begin).map(|(end, begin)| spent(end, begin)).collect();
-        report.receiver = spent(&receiver_end, &receiver_begin);
-        report.fuse = spent(&fuse_end, &fuse_begin);
-        let prefills = sharer_end.iter().chain([&fusible_end]).filter_map(Event::done_at).max();
-        if let (Some(prefills), Some(fuse)) = (prefills, fuse_end.done_at())
-            && report.fused_tokens > 0
-        {
-            report.fuse_exposed = fuse.saturating_duration_since(prefills);
-        }
-        Ok((logits, report))
-    }
-
     /// Counts tokens that the receiver generated since the last prefill to that conversation's last section.
-    fn note_generated(&mut self) {
+    pub(super) fn note_generated(&mut self) {
         let generated = self.receiver.ids().get(self.fused.ids.len()..).unwrap_or_default();
         let next = self.receiver.next_position().saturating_sub(generated.len() as u32);
         self.fused.positions.extend((next..).take(generated.len()));
@@ -273,7 +151,7 @@ impl Link {
     }
 
     /// Cuts all lanes back to the part of the last conversation that `prompt` begins with.
-    fn rewind_to_shared(&mut self, prompt: &Prompt) {
+    pub(super) fn rewind_to_shared(&mut self, prompt: &Prompt) {
         let old = &self.fused;
         for ((lane, own), was) in self.sharers.iter_mut().zip(&prompt.sharers).zip(&old.sharers) {
             let shared =
@@ -312,18 +190,15 @@ impl Link {
         self.receiver.truncate(kept, prompt.positions[kept]);
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn fuse_section(
+    /// Fuses the receiver's tokens `start..end` with the sharers of `mask`.
+    pub(super) fn fuse_section(
         &mut self,
-        prompt: &Prompt,
+        prefill: &mut Prefill,
         start: usize,
         end: usize,
         mask: u32,
-        sharer_cached: &[Vec<Event>],
-        receiver_cached: &[Event],
-        fused: &mut [Option<Event>],
-        report: &mut PrefillReport,
     ) -> Result<(), Error> {
+        let Prefill { prompt, sharer_cached, receiver_cached, fused, report, .. } = prefill;
         let open = |sharer: &usize| self.gates[*sharer].iter().any(|gates| *gates != [0.0; 2]);
         let selected: Vec<usize> =
             (0..self.sharers.len()).filter(|i| mask >> i & 1 == 1).filter(open).collect();

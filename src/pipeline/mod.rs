@@ -3,21 +3,27 @@
 //! This is the one module to edit for a new way of letting models talk through their caches.
 
 mod answer;
+mod decode;
 mod generate;
 mod include_response;
 mod lane;
 mod link;
 mod model;
+mod observe;
+mod prefill;
 mod replay;
 mod session;
 pub(crate) mod t2t;
 
 pub use answer::{Answer, TimingsMs, TokensPerSecond, peak_rss_bytes};
-pub use generate::{Decode, FinishReason, Generation, Stream, generate};
+pub use decode::{Decoded, decode};
+pub use generate::{Decode, FinishReason, Generation, Stream, Taken, Turn, generate};
 pub use include_response::{Conversation, ResponseLink};
 pub use lane::Lane;
-pub use link::{Link, Overlap, PrefillReport, Prompt, SharerPrompt, WantedLogits};
+pub use link::{Link, Overlap, Prompt, SharerPrompt};
 pub use model::Model;
+pub use observe::{Observation, WeightMap};
+pub use prefill::{Prefill, PrefillReport, WantedLogits};
 pub use replay::{Dump, ReplayInput, replay};
 pub use session::{ComputeType, FuserChoice, Mode, Question, Session, SessionOptions};
 

@@ -4,12 +4,12 @@ use super::{
     Answer, Error, Generation, Lane, Link, Model, Overlap, Prompt, SharerPrompt, Stream, TimingsMs,
     TokensPerSecond, WantedLogits,
     answer::{ms, peak_rss_bytes},
-    generate, t2t,
+    generate,
 };
 use crate::{
     align::{AlignedPrompt, Aligner, Alignment, ChatOptions, Fraction, LayerMapping},
     backend::{self, Backend, DType, DeviceChoice, Precision, Queue},
-    engine::SamplingParams,
+    engine::{SamplingParams, Speaker},
     fuser::{self, Fuser, FusionMode, GateOverride, Gates, Kind},
     model::Goal,
     tokenizer::{Message, TemplateOptions},
@@ -17,10 +17,11 @@ use crate::{
 use clap::ValueEnum;
 use serde::Serialize;
 use std::{
+    collections::HashMap,
     num::ParseIntError,
     path::{Path, PathBuf},
     str::FromStr,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -89,6 +90,14 @@ impl FromStr for FuserChoice {
 }
 
 impl FuserChoice {
+    /// With a checkpoint that was named `hf:…` or `builtin:…` found, see [`crate::hub::local`].
+    pub fn local(&self) -> Result<FuserChoice, crate::hub::Error> {
+        Ok(match self {
+            FuserChoice::Load(path) => FuserChoice::Load(crate::hub::local(path)?),
+            init => init.clone(),
+        })
+    }
+
     /// Width of an untrained fuser: enough to drive the road, quick to make.
     const INIT_HIDDEN: usize = 256;
 
@@ -153,7 +162,8 @@ pub struct Session {
     options: SessionOptions,
     /// Whether the answer's own tokens are fused, see [`Session::including_response`].
     pub(super) include_response: bool,
-    aligner: OnceLock<Aligner>,
+    /// Made for the first question, then kept: they remember what they have aligned.
+    aligners: Mutex<HashMap<Alignment, Arc<Aligner>>>,
     load: Duration,
 }
 
@@ -204,10 +214,10 @@ impl Session {
                 fusers.push(fuser);
             }
         }
-        let (aligner, load) = (OnceLock::new(), start.elapsed());
+        let (aligners, load) = (Mutex::default(), start.elapsed());
         let include_response = false;
         let session =
-            Session { backend, receiver, sharers, fusers, gates, options, include_response, aligner, load };
+            Session { backend, receiver, sharers, fusers, gates, options, include_response, aligners, load };
         session.log_memory("after loading");
         Ok(session)
     }
@@ -224,6 +234,34 @@ impl Session {
 
     pub(super) fn alignment(&self) -> Alignment {
         self.options.alignment
+    }
+
+    pub fn dtype(&self) -> ComputeType {
+        self.options.dtype
+    }
+
+    pub fn fusion(&self) -> FusionMode {
+        self.options.multi_sharer
+    }
+
+    pub fn fraction(&self) -> Option<Fraction> {
+        self.options.fraction
+    }
+
+    pub fn overlap(&self) -> Overlap {
+        self.options.overlap
+    }
+
+    /// # Errors
+    /// If there is none.
+    pub fn model(&self, speaker: Speaker) -> Result<&Model, Error> {
+        match speaker {
+            Speaker::Receiver => self.receiver(),
+            Speaker::Sharer => {
+                let mode = self.options.mode;
+                self.sharers.first().ok_or(Error::MissingModel { mode, what: "--sharer" })
+            }
+        }
     }
 
     pub(super) fn receiver(&self) -> Result<&Model, Error> {
@@ -282,7 +320,8 @@ impl Session {
         }
     }
 
-    fn encode(&self, model: &Model, question: &Question) -> Result<Vec<u32>, Error> {
+    /// What `model` reads of `question`.
+    pub fn encode(&self, model: &Model, question: &Question) -> Result<Vec<u32>, Error> {
         let tokenizer = model.tokenizer()?;
         let ids = match question {
             Question::Raw(text) => tokenizer.encode(text, true)?.ids,
@@ -293,7 +332,8 @@ impl Session {
         if ids.is_empty() { Err(Error::EmptyPrompt) } else { Ok(ids) }
     }
 
-    fn with_stops(&self, model: &Model, params: &SamplingParams) -> Result<SamplingParams, Error> {
+    /// The end tokens of `model` are added to those of `params`.
+    pub fn with_stops(&self, model: &Model, params: &SamplingParams) -> Result<SamplingParams, Error> {
         let mut params = params.clone();
         params.eos.extend(&model.tokenizer()?.special().eos);
         Ok(params)
@@ -361,15 +401,11 @@ impl Session {
         params: &SamplingParams,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, Error> {
-        let Question::Chat { messages, template } = question else { return Err(Error::T2tNeedsChat) };
-        let last = messages.iter().rposition(|message| message.role == "user").ok_or(Error::T2tNeedsChat)?;
-        let text = &messages[last].content;
-        let chat = |messages| Question::Chat { messages, template: template.clone() };
-        let stage1 = self.run_alone(&self.sharers[0], &chat(t2t::ask(text)), params, &mut |_| {})?;
+        let ask = question.for_background()?;
+        let stage1 = self.run_alone(&self.sharers[0], &ask, params, &mut |_| {})?;
         let background = stage1.generation.text.trim().to_string();
-        let mut conversation = messages[..last].to_vec();
-        conversation.extend(t2t::answer(text, &background));
-        let stage2 = self.run_alone(self.receiver()?, &chat(conversation), params, on_text)?;
+        let with_background = question.with_background(&background)?;
+        let stage2 = self.run_alone(self.receiver()?, &with_background, params, on_text)?;
         let mut answer = self.blank(stage2.generation);
         answer.kv_bytes = stage1.kv_bytes.max(stage2.kv_bytes);
         answer.background = Some(background);
@@ -384,34 +420,41 @@ impl Session {
         Ok(answer)
     }
 
-    /// Made for the first question, then kept: it remembers what it has aligned.
-    fn aligner(&self) -> Result<&Aligner, Error> {
-        if let Some(aligner) = self.aligner.get() {
-            return Ok(aligner);
+    fn aligner(&self, alignment: Alignment) -> Result<Arc<Aligner>, Error> {
+        // A lock that was poisoned guards a map that is whole.
+        let mut aligners = self.aligners.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(aligner) = aligners.get(&alignment) {
+            return Ok(aligner.clone());
         }
         let receiver = self.receiver()?.tokenizer()?;
         let sharers =
             self.sharers.iter().map(|model| model.tokenizer().cloned()).collect::<Result<Vec<_>, _>>()?;
-        let aligner = Aligner::new(receiver, &sharers, self.options.alignment)?;
-        Ok(self.aligner.get_or_init(|| aligner))
+        let aligner = Arc::new(Aligner::new(receiver, &sharers, alignment)?);
+        aligners.insert(alignment, aligner.clone());
+        Ok(aligner)
     }
 
-    fn aligned(&self, question: &Question) -> Result<(AlignedPrompt, Duration), Error> {
-        let aligner = self.aligner()?;
-        let start = Instant::now();
+    /// What receiver and sharers read of `question`; `None` is the alignment of the options.
+    pub fn aligned(
+        &self,
+        question: &Question,
+        alignment: Option<Alignment>,
+        fraction: Option<Fraction>,
+    ) -> Result<AlignedPrompt, Error> {
+        let aligner = self.aligner(alignment.unwrap_or(self.options.alignment))?;
         let mut prompt = match question {
             Question::Raw(text) => aligner.raw(text)?,
             Question::Chat { messages, template } => {
                 aligner.chat(messages, &ChatOptions { template: template.clone(), open_last: false })?
             }
         };
-        if let Some(fraction) = self.options.fraction {
+        if let Some(fraction) = fraction {
             prompt.sections = fraction.apply(&prompt.sections);
         }
         for remark in &prompt.remarks {
             log::warn!("{remark}");
         }
-        Ok((prompt, start.elapsed()))
+        Ok(prompt)
     }
 
     fn answer_c2c(
@@ -420,9 +463,12 @@ impl Session {
         params: &SamplingParams,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, Error> {
-        let start = Instant::now();
         let receiver = self.receiver()?;
-        let (aligned, align) = self.aligned(question)?;
+        // A tokenizer is made ready once, which is no part of a question's time.
+        self.aligner(self.options.alignment)?;
+        let start = Instant::now();
+        let aligned = self.aligned(question, None, self.options.fraction)?;
+        let align = start.elapsed();
         let prompt = Prompt::from(aligned);
         let params = self.with_stops(receiver, params)?;
         let sharer_tokens: Vec<usize> = prompt.sharers.iter().map(|own| own.ids.len()).collect();

@@ -49,7 +49,7 @@ pub use sharer_store::SharerStore;
 pub use trained_fuser::{DrawnNoise, FuseRequest, FusedColumns, Gate, GateNoise, TrainedFuser};
 use trainee::Trainee;
 
-use crate::{align, backend, cache, data, durable, engine, fuser, model, ops, pipeline, tokenizer};
+use crate::{align, backend, cache, data, durable, engine, fuser, hub, model, ops, pipeline, tokenizer};
 use std::path::PathBuf;
 
 /// Why training stopped, or did not begin.
@@ -100,6 +100,8 @@ pub enum Error {
     Report(#[from] report::ReportError),
     #[error(transparent)]
     Write(#[from] durable::WriteError),
+    #[error(transparent)]
+    Hub(#[from] hub::Error),
     #[error(transparent)]
     Pipeline(#[from] pipeline::Error),
     #[error(transparent)]

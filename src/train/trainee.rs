@@ -15,6 +15,7 @@ use crate::{
     data::Example,
     durable::WriteError,
     fuser::{AllInOneConfig, Fuser, FuserConfig, FuserError, Kind, RidgeFit, Training},
+    hub,
     model::{self, Adapter, ModelConfig},
     pipeline::Model,
     tokenizer::Tokenizer,
@@ -54,11 +55,13 @@ impl Trainee {
         let decay = config.optimizer.decay;
         let (precision, kv) = (config.dtype.precision(), config.dtype.kv());
         let load = |path: &Path, precision: Precision| {
-            let path = builtin::resolve(path);
-            Model::load(&path, backend, precision, &|done, total| watcher.loading(&path, done, total))
+            let path = hub::local(path)?;
+            let model =
+                Model::load(&path, backend, precision, &|done, total| watcher.loading(&path, done, total))?;
+            Ok::<Model, Error>(model)
         };
         if config.what == What::Model {
-            let path = builtin::resolve(&config.receiver);
+            let path = hub::local(&config.receiver)?;
             let tokenizer = Tokenizer::from_folder(&path)?;
             let model_config = ModelConfig::from_folder(&path)?;
             let trainer = if model::has_weights(&path) {
@@ -97,7 +100,7 @@ impl Trainee {
         let mut fusers = Vec::new();
         for (number, sharer) in sharers.iter().enumerate() {
             let fuser = match config.fuser.checkpoints.get(number) {
-                Some(path) => Fuser::load(&builtin::resolve(path), backend)?,
+                Some(path) => Fuser::load(&hub::local(path)?, backend)?,
                 None => {
                     let f = &config.fuser;
                     let new = receiver.fuser_config(sharer, f.kind, (f.hidden, f.intermediate), f.mapping);
@@ -431,7 +434,7 @@ impl Trainee {
                 Ok(())
             }
             Trainee::Model { trainer, .. } => {
-                let from = builtin::resolve(&config.receiver);
+                let from = hub::local(&config.receiver)?;
                 trainer.save(folder, &base_name(&config.receiver))?;
                 if trainer.lora().is_some() {
                     return Ok(());

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The page in a real browser: installs what is missing (Chromium from Debian, playwright-core from npm), builds serve-local and runs
+# tests/browser. Screenshots go to target/screenshots. Arguments go to cargo build, such as --release.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if ! command -v chromium >/dev/null; then
+    apt-get update -qq && apt-get install -y --no-install-recommends chromium
+fi
+if ! command -v npm >/dev/null; then
+    echo "browser.sh: needs node 20 or newer, with npm" >&2
+    exit 1
+fi
+if [ ! -d tests/browser/node_modules/playwright-core ]; then
+    PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci --prefix tests/browser --no-audit --no-fund
+fi
+
+profile=debug
+for argument in "$@"; do
+    if [ "$argument" = --release ]; then profile=release; fi
+done
+cargo build --bin serve-local "$@"
+export C2C_SERVE="${C2C_SERVE:-${CARGO_TARGET_DIR:-target}/$profile/serve-local}"
+node --test tests/browser/page.test.mjs
