@@ -30,6 +30,8 @@ pub mod data;
 
 pub mod train;
 
+pub mod eval;
+
 pub mod rng;
 
 pub mod durable;

@@ -127,6 +127,13 @@ impl Link {
         self.sharers.iter().chain([&self.receiver]).map(|lane| lane.kv.bytes()).sum()
     }
 
+    /// Forgets the conversation: the next prefill reads everything anew, but for what sharers' lanes are given before it.
+    pub fn forget(&mut self) {
+        self.receiver.truncate(0, 0);
+        self.sharers.iter_mut().for_each(|lane| lane.truncate(0, 0));
+        self.fused = Prompt::default();
+    }
+
     fn validate(&self, prompt: &Prompt) -> Result<(), Error> {
         if prompt.ids.is_empty() {
             return Err(Error::EmptyPrompt);
