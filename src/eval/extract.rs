@@ -80,10 +80,10 @@ pub fn stated(text: &str) -> Option<&str> {
     Some(STATED.captures(text)?.get(1)?.as_str().trim()).filter(|answer| !answer.is_empty())
 }
 
-/// The choices that digits of an annotation name ("0,1"), counted from 0.
+/// The choices that digits of an annotation name ("0,1"), counted from 0, in order.
 pub fn digits(text: &str) -> Vec<usize> {
-    let digit = |c: char| c.to_digit(10).map(|digit| digit as usize).filter(|digit| *digit < 4);
-    text.chars().filter_map(digit).collect()
+    let there = |choice: &usize| text.contains(char::from(b'0' + *choice as u8));
+    (0..4).filter(there).collect()
 }
 
 /// The number behind the last `####` of a GSM8K solution. `as_published`: without thousands' commas, so that `1,234` is 1.

@@ -48,7 +48,7 @@ fn label(size: i32) -> TextStyle<'static> {
 
 /// A bar a mode, with its interval.
 pub fn accuracy(rows: &[&Row], ground: Ground) -> Result<String, FigureError> {
-    const LEFT: i32 = 118;
+    const LEFT: i32 = 112;
     const RIGHT: i32 = WIDTH - 62;
     const STEP: i32 = 24;
     let x = |rate: f64| LEFT + (f64::from(RIGHT - LEFT) * rate).round() as i32;
@@ -59,12 +59,12 @@ pub fn accuracy(rows: &[&Row], ground: Ground) -> Result<String, FigureError> {
             let at = x(f64::from(tenth) / 100.0);
             area.draw(&PathElement::new([(at, 4), (at, bottom)], INK.mix(0.18)))?;
             let text = if tenth == 100 { "100 %".into() } else { tenth.to_string() };
-            area.draw(&Text::new(text, (at - 6, bottom + 6), label(12)))?;
+            area.draw(&Text::new(text, (at - 8, bottom + 6), label(15)))?;
         }
         for (row, number) in rows.iter().zip(0..) {
             let y = 8 + STEP * number;
             let colour = if row.control { CONTROL } else { MODE };
-            area.draw(&Text::new(row.mode.clone(), (4, y), label(13)))?;
+            area.draw(&Text::new(row.mode.clone(), (4, y), label(16)))?;
             area.draw(&Rectangle::new([(LEFT, y), (x(row.accuracy()), y + 14)], colour.filled()))?;
             let (low, high, middle) = (x(row.low), x(row.high), y + 7);
             area.draw(&PathElement::new([(low, middle), (high, middle)], INK.stroke_width(1)))?;
@@ -72,7 +72,7 @@ pub fn accuracy(rows: &[&Row], ground: Ground) -> Result<String, FigureError> {
                 area.draw(&PathElement::new([(end, middle - 4), (end, middle + 4)], INK.stroke_width(1)))?;
             }
             let value = format!("{:.1} %", 100.0 * row.accuracy());
-            area.draw(&Text::new(value, (RIGHT + 10, y), label(13)))?;
+            area.draw(&Text::new(value, (RIGHT + 10, y), label(16)))?;
         }
         Ok(())
     })
@@ -101,8 +101,8 @@ pub fn tradeoff(rows: &[&Row], ground: Ground) -> Result<Option<String>, FigureE
             .configure_mesh()
             .x_desc("ms from question to answer")
             .y_desc("accuracy, %")
-            .label_style(label(12))
-            .axis_desc_style(label(13))
+            .label_style(label(15))
+            .axis_desc_style(label(16))
             .light_line_style(TRANSPARENT)
             .bold_line_style(INK.mix(0.15))
             .axis_style(INK.mix(0.6))
@@ -110,17 +110,22 @@ pub fn tradeoff(rows: &[&Row], ground: Ground) -> Result<Option<String>, FigureE
             .x_label_formatter(&|x| if slowest < 5.0 { format!("{x:.1}") } else { format!("{x:.0}") })
             .y_label_formatter(&|y| format!("{y:.0}"))
             .draw()?;
-        // Labels that would cover each other move down, line by line.
+        // Labels that would cover each other or a dot move down, line by line.
+        let dots: Vec<(i32, i32)> =
+            points.iter().map(|(time, accuracy, _)| chart.backend_coord(&(*time, *accuracy))).collect();
         let mut placed: Vec<(i32, i32)> = Vec::new();
         for (time, accuracy, name) in points {
             let (px, py) = chart.backend_coord(&(time, accuracy));
-            let mut y = py - 6;
-            while placed.iter().any(|(x, other)| (x - px).abs() < 70 && (other - y).abs() < 13) {
-                y += 13;
+            let width = 8 * name.len() as i32 + 12;
+            let mut y = py - 7;
+            while placed.iter().any(|(x, other)| (x - px).abs() < width && (other - y).abs() < 14)
+                || dots.iter().any(|(x, dot)| *x > px && x - px < width && (dot - y - 7).abs() < 10)
+            {
+                y += 14;
             }
             placed.push((px, y));
             area.draw(&Circle::new((px, py), 4, MODE.filled()))?;
-            area.draw(&Text::new(name, (px + 8, y), label(13)))?;
+            area.draw(&Text::new(name, (px + 8, y), label(16)))?;
         }
         Ok(())
     })?;

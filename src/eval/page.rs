@@ -111,13 +111,9 @@ pub fn html(summaries: &[Summary]) -> Result<String, Error> {
         html += &comparison(summaries);
     }
     for (number, summary) in summaries.iter().enumerate() {
-        let _ = write!(
-            html,
-            "<h2 id=run{0}>{1}{2}</h2>\n",
-            number + 1,
-            if summaries.len() > 1 { format!("{}: ", number + 1) } else { String::new() },
-            escaped(&summary.title)
-        );
+        if summaries.len() > 1 {
+            let _ = writeln!(html, "<h2>{}: {}</h2>", number + 1, escaped(&summary.title));
+        }
         let _ = write!(
             html,
             "<p class=quiet>{}; {}; {:.0} s</p>\n",

@@ -17,9 +17,10 @@ pub const HTML: &str = "report.html";
 /// Heads of the table's columns; what follows the first is aligned right.
 pub const COLUMNS: [&str; 12] = [
     "mode",
-    "right",
     "accuracy",
     "95 %",
+    "ms to answer",
+    "right",
     "vs Receiver",
     "p",
     "gap",
@@ -27,13 +28,13 @@ pub const COLUMNS: [&str; 12] = [
     "Receiver ms",
     "fuse ms",
     "sent",
-    "first / last token ms",
 ];
 
 /// What the columns mean.
-pub const LEGEND: &str = "95 %: Wilson's interval. vs Receiver: difference in points with its interval by paired bootstrap. p: McNemar's exact test. \
-     gap: the part of the distance from Receiver to Sharer that is closed. ms: means over questions, prefills one after the other; – where \
-     a cache came from disk, or nothing was done. sent: bytes from model to model.";
+pub const LEGEND: &str = "95 %: Wilson's interval. ms to answer: to its first and, where it is generated, to its last token. vs Receiver: difference in \
+     points with its interval by paired bootstrap. p: McNemar's exact test. gap: the part of the distance from Receiver to Sharer that is \
+     closed. Times are means over questions, prefills one after the other; – where a cache came from disk, or nothing was done. sent: \
+     bytes from model to model.";
 
 /// The cells of a row.
 pub fn cells(row: &Row) -> [String; 12] {
@@ -50,9 +51,10 @@ pub fn cells(row: &Row) -> [String; 12] {
     };
     [
         row.mode.clone(),
-        format!("{} of {}", row.correct, row.asked),
         format!("{} %", percent(row.accuracy())),
         format!("{} – {}", percent(row.low), percent(row.high)),
+        first_last,
+        format!("{} of {}", row.correct, row.asked),
         versus.map_or("–".into(), |v| {
             format!("{:+.1} ({:+.1} … {:+.1})", 100.0 * v.difference, 100.0 * v.low, 100.0 * v.high)
         }),
@@ -62,7 +64,6 @@ pub fn cells(row: &Row) -> [String; 12] {
         time(Some(row.cost.receiver_ms)),
         time(Some(row.cost.fuse_ms)),
         bytes(row.cost.bytes),
-        first_last,
     ]
 }
 
@@ -118,7 +119,8 @@ pub fn table(rows: &[&Row]) -> String {
 pub fn verdict(rows: &[&Row]) -> Option<String> {
     let c2c = rows.iter().find(|row| row.mode == "c2c")?;
     let receiver = rows.iter().find(|row| row.mode == "receiver")?;
-    let foreign = ["c2c-swap", "c2c-zero", "c2c-random", "c2c-shuffle", "c2c-generic"];
+    // Shuffled columns are the question's own: what they say is whether positions matter.
+    let foreign = ["c2c-swap", "c2c-zero", "c2c-random", "c2c-generic"];
     let best = rows
         .iter()
         .filter(|row| foreign.contains(&row.mode.as_str()))
@@ -133,7 +135,7 @@ pub fn verdict(rows: &[&Row]) -> Option<String> {
     }
     let _ = write!(
         said,
-        "; the best control without the question's own cache in its place, {}, {without:+.1}. ",
+        "; the best control without the Sharer's cache of the question, {}, {without:+.1}. ",
         best.mode
     );
     said += if gain <= 0.0 {
