@@ -5,7 +5,7 @@ use super::{
     items::{Gold, Item, letter},
     math::{self, Written},
     mode::{Background, Variant},
-    pair::{Prompted, Who, ms},
+    pair::{Prompted, Who},
     questions::{Questions, key},
     router::{self, Router},
     run::Models,
@@ -80,7 +80,9 @@ impl<'a> Asker<'a> {
             Mode::T2t(background) => self.text_to_text(background, lesson, index),
             Mode::C2c { sharer, variant } => {
                 let messages = self.messages(lesson, index);
+                let start = Instant::now();
                 let prompt = self.models.pair.align(messages, &response)?;
+                let aligned = start.elapsed();
                 let other = match variant {
                     Variant::Swap => {
                         let next = (index + 1) % self.questions.items.len();
@@ -89,14 +91,19 @@ impl<'a> Asker<'a> {
                     _ => None,
                 };
                 let seed = self.options.seed.wrapping_add(self.item(lesson, index).number as u64);
-                let prompted = self.models.pair.fuse(prompt, other.as_ref(), sharer, variant, seed, more)?;
+                let mut prompted =
+                    self.models.pair.fuse(prompt, other.as_ref(), sharer, variant, seed, more)?;
+                prompted.charge(aligned);
                 self.finish(Ask::pair(Who::Fused), prompted, lesson, index)
             }
             Mode::Identical => {
                 let messages = self.messages(lesson, index).to_vec();
                 let pair = self.models.identical.as_mut().ok_or(Error::NoIdenticalFuser)?;
+                let start = Instant::now();
                 let prompt: Prompt = pair.align(&messages, &response)?;
-                let prompted = pair.fuse(prompt, None, None, Variant::Plain, 0, more)?;
+                let aligned = start.elapsed();
+                let mut prompted = pair.fuse(prompt, None, None, Variant::Plain, 0, more)?;
+                prompted.charge(aligned);
                 self.finish(Ask { identical: true, ..Ask::pair(Who::Fused) }, prompted, lesson, index)
             }
         }
@@ -111,9 +118,9 @@ impl<'a> Asker<'a> {
         let tokenizer = self.models.pair.model(who)?.tokenizer()?;
         let start = Instant::now();
         let (text, ids) = asking::alone(tokenizer, self.messages(lesson, index), &response)?;
-        let tokenize = ms(start.elapsed());
+        let tokenised = start.elapsed();
         let mut prompted = self.models.pair.read(who, &ids, self.options.more(&self.questions.task))?;
-        prompted.cost.first_token_ms = prompted.cost.first_token_ms.map(|time| time + tokenize);
+        prompted.charge(tokenised);
         let letters = self.questions.letters.get(&key(who));
         let of_letters = |tokens: &Vec<u32>| {
             let choices = self.item(lesson, index).choices.len();
@@ -142,12 +149,16 @@ impl<'a> Asker<'a> {
             Background::Sentence => t2t::ask(&question),
             Background::Brief => t2t::ask_briefly(&question),
         };
+        let start = Instant::now();
         let sharer = self.models.pair.model(Who::Sharer(0))?;
         let (_, ids) = asking::alone(sharer.tokenizer()?, &request, "")?;
         let left = sharer.decoder.config.context_length.saturating_sub(ids.len());
         let most = self.options.background_tokens.min(left).max(1);
-        let first = self.models.pair.read(Who::Sharer(0), &ids, most)?;
+        let tokenised = start.elapsed();
+        let mut first = self.models.pair.read(Who::Sharer(0), &ids, most)?;
+        first.charge(tokenised);
         let (written, first) = self.models.pair.generate(first, most)?;
+        let start = Instant::now();
         let mut text = written.text.trim().to_owned();
         let messages = self.messages(lesson, index).to_vec();
         let receiver = self.models.pair.model(Who::Receiver)?;
@@ -163,7 +174,9 @@ impl<'a> Asker<'a> {
             let shorter = text.chars().count() * 3 / 4;
             text = text.chars().take(shorter).collect();
         };
+        let tokenised = start.elapsed();
         let mut prompted = self.models.pair.read(Who::Receiver, &ids, more)?;
+        prompted.charge(tokenised);
         let cost = &mut prompted.cost;
         let spent = first.total_ms.unwrap_or_default();
         cost.sharer_ms = first.sharer_ms;
@@ -192,7 +205,7 @@ impl<'a> Asker<'a> {
             Some(text) => text.clone(),
             None => {
                 let tokenizer = self.models.pair.model(Who::Receiver)?.tokenizer()?;
-                asking::alone(tokenizer, self.messages(lesson, index), &self.options.response(task))?.0
+                asking::text(tokenizer, self.messages(lesson, index), &self.options.response(task))?
             }
         };
         if self.options.method(task) == Method::Logits {

@@ -18,13 +18,18 @@ pub fn generation() -> TemplateOptions {
     }
 }
 
-/// The conversation with the answer begun, as text and token ids for one model alone.
+/// The conversation with the answer begun, as one model alone reads it.
+pub fn text(tokenizer: &Tokenizer, messages: &[Message], response: &str) -> Result<String, tokenizer::Error> {
+    Ok(tokenizer.render(messages, &generation())? + response)
+}
+
+/// The same with its token ids.
 pub fn alone(
     tokenizer: &Tokenizer,
     messages: &[Message],
     response: &str,
 ) -> Result<(String, Vec<u32>), tokenizer::Error> {
-    let text = tokenizer.render(messages, &generation())? + response;
+    let text = text(tokenizer, messages, response)?;
     let ids = tokenizer.encode(&text, false)?.ids;
     Ok((text, ids))
 }

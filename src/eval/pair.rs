@@ -48,11 +48,20 @@ pub struct Prompted {
     /// `[vocab]`
     pub logits: Vec<f32>,
     pub cost: Cost,
-    /// From the question to the logits, without what another mode paid for.
     started: Instant,
-    /// What was paid for before: the Sharers' caches.
+    /// What was spent before: the Sharers' caches, tokenising.
     before: Option<Duration>,
     who: Who,
+}
+
+impl Prompted {
+    /// Adds what was spent before: tokenising, aligning.
+    pub fn charge(&mut self, time: Duration) {
+        self.before = self.before.map(|before| before + time);
+        for total in [&mut self.cost.first_token_ms, &mut self.cost.total_ms] {
+            *total = total.map(|total| total + ms(time));
+        }
+    }
 }
 
 /// In whose lane the prompt lies.

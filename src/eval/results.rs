@@ -55,6 +55,7 @@ impl Manifest {
             "receiver": session.receiver,
             "sharers": session.sharers,
             "fusers": fusers,
+            "identical_fuser": options.identical_fuser.as_ref().map(|fuser| format!("{fuser:?}")),
             "files": stamps,
             "multi_sharer": session.multi_sharer.to_string(),
             "alignment": session.alignment.to_string(),
@@ -82,10 +83,15 @@ impl Manifest {
                 problem: error.to_string(),
             })?;
             let differs = |field: &str| Error::OtherRun { out: out.clone(), field: field.into() };
-            for (field, value) in asked.as_object().into_iter().flatten() {
-                if old["asked"][field] != *value {
+            for (field, value) in asked.as_object().cloned().iter().flatten() {
+                // A mode that is asked later may bring its fuser.
+                let later = field == "identical_fuser" && (value.is_null() || old["asked"][field].is_null());
+                if old["asked"][field] != *value && !later {
                     return Err(differs(field));
                 }
+            }
+            if asked["identical_fuser"].is_null() {
+                asked["identical_fuser"] = old["asked"]["identical_fuser"].clone();
             }
             for (name, old) in old["asked"]["tasks"].as_object().into_iter().flatten() {
                 match tasks.get(name) {

@@ -104,12 +104,19 @@ impl Sample {
     pub fn correct(&self) -> bool {
         self.acc > 0.5
     }
+
+    /// Without what only the file needs: rows may be long documents.
+    fn light(mut self) -> Sample {
+        (self.doc, self.arguments) = (Value::Null, Value::Null);
+        self
+    }
 }
 
 /// The samples of one mode and task.
 pub struct SampleFile {
     path: PathBuf,
     file: File,
+    /// Without rows and prompts.
     pub samples: Vec<Sample>,
 }
 
@@ -125,11 +132,12 @@ impl SampleFile {
                 if line.is_empty() {
                     continue;
                 }
-                samples.push(serde_json::from_slice(line).map_err(|error| Error::Samples {
+                let sample: Sample = serde_json::from_slice(line).map_err(|error| Error::Samples {
                     path: path.into(),
                     line: index + 1,
                     problem: error.to_string(),
-                })?);
+                })?;
+                samples.push(sample.light());
             }
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(WriteError::at(path))?;
@@ -147,7 +155,7 @@ impl SampleFile {
             serde_json::to_string(&sample).map_err(|error| WriteError::at(&self.path)(error.into()))?;
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(WriteError::at(&self.path))?;
-        self.samples.push(sample);
+        self.samples.push(sample.light());
         Ok(())
     }
 

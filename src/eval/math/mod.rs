@@ -65,23 +65,22 @@ fn answer(response: &str) -> Option<(String, Option<Value>)> {
     number(response)
 }
 
-/// The contents of all `\boxed{…}`.
+/// The contents of all `\boxed{…}` that stand in no other.
 fn boxed(text: &str) -> Vec<&str> {
+    const BOX: &str = "\\boxed{";
     let mut found = Vec::new();
-    for (at, name) in text.match_indices("\\boxed{") {
-        let inner = &text[at + name.len()..];
+    let mut rest = text;
+    while let Some(at) = rest.find(BOX) {
+        rest = &rest[at + BOX.len()..];
         let mut depth = 1;
-        for (index, byte) in inner.bytes().enumerate() {
-            match byte {
-                b'{' => depth += 1,
-                b'}' => depth -= 1,
-                _ => {}
-            }
-            if depth == 0 {
-                found.push(&inner[..index]);
-                break;
-            }
-        }
+        let close = rest.bytes().position(|byte| {
+            depth += i32::from(byte == b'{') - i32::from(byte == b'}');
+            depth == 0
+        });
+        // One that is not closed has no content, and so have none in it.
+        let Some(close) = close else { break };
+        found.push(&rest[..close]);
+        rest = &rest[close..];
     }
     found
 }
