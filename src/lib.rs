@@ -32,6 +32,8 @@ pub mod data;
 
 pub mod train;
 
+pub mod eval;
+
 pub mod serve;
 
 pub mod rng;

@@ -117,6 +117,29 @@ impl AlignedPrompt {
         needed
     }
 
+    /// The prompt with everything from token `start` on, and the token before it, in one last section that is not fused: the
+    /// token before an answer is the first that has to know it.
+    pub fn unfused_from(mut self, start: usize) -> AlignedPrompt {
+        let (keep, total) = (start.saturating_sub(1), self.receiver_ids.len());
+        let mut at = 0;
+        let mut sections = Vec::new();
+        for section in &self.sections {
+            let len = section.len.min(keep.saturating_sub(at));
+            at += section.len;
+            if len > 0 {
+                sections.push(Section { len, ..*section });
+            }
+        }
+        // Template text before the answer joins it.
+        let mut rest = total - keep;
+        while sections.last().is_some_and(|section| section.sharer_mask == 0) {
+            rest += sections.pop().map_or(0, |section| section.len);
+        }
+        sections.push(Section { len: rest, sharer_mask: 0 });
+        self.sections = sections;
+        self
+    }
+
     /// Each sharer's part of every segment filled up with its padding token, the receiver's too, to equal length: the
     /// published form of a token-aligned prompt. `pads` are the padding ids, the receiver's first.
     ///

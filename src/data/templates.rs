@@ -59,7 +59,7 @@ pub fn choice_of(letter: char) -> Option<usize> {
 }
 
 /// "A. text", a line each, every line ended.
-fn lines(choices: &[String]) -> String {
+pub fn lines(choices: &[String]) -> String {
     choices.iter().zip('A'..='Z').map(|(text, letter)| format!("{letter}. {text}\n")).collect()
 }
 

@@ -3,7 +3,7 @@
 use super::{Error, decode::Steps};
 use crate::{
     backend::{Event, Queue},
-    cache::{Block, BlockTable, KvColumns, PagedKv},
+    cache::{Block, BlockTable, Domain, KvColumns, PagedKv, Snapshot},
     model::{Activations, Batch, Decoder, Extent, Goal, SequenceStep},
     ops::{Pass, SampleRow, SampledRow},
 };
@@ -114,6 +114,22 @@ impl Lane {
         self.ids.truncate(len);
         self.slots.truncate(len);
         self.next_position = next_position;
+    }
+
+    /// A copy of the cache, whose tokens sit at `positions`.
+    pub fn capture(&self, domain: Domain, positions: &[u32]) -> Result<Snapshot, Error> {
+        Ok(Snapshot::capture(&self.kv, &self.queue, &self.table, domain, &self.ids, positions)?)
+    }
+
+    /// Puts a cache that was computed before in the place of all there is.
+    pub fn restore(&mut self, snapshot: &Snapshot) -> Result<(), Error> {
+        self.truncate(0, 0);
+        let table = snapshot.restore(&self.kv, &self.queue)?;
+        self.slots = table.slots(0..table.len())?;
+        self.table = table;
+        self.ids.clone_from(&snapshot.token_ids);
+        self.next_position = snapshot.position_ids.last().map_or(0, |last| last + 1);
+        Ok(())
     }
 
     /// Lets the next decoded token sit at rotary position `position`.

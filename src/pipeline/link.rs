@@ -111,6 +111,13 @@ impl Link {
         Ok(self.queue.synchronize()?)
     }
 
+    /// Forgets the conversation: the next prefill reads everything anew, but for what sharers' lanes are given before it.
+    pub fn forget(&mut self) {
+        self.receiver.truncate(0, 0);
+        self.sharers.iter_mut().for_each(|lane| lane.truncate(0, 0));
+        self.fused = Prompt::default();
+    }
+
     pub(super) fn validate(&self, prompt: &Prompt) -> Result<(), Error> {
         if prompt.ids.is_empty() {
             return Err(Error::EmptyPrompt);

@@ -4,7 +4,7 @@
 use super::{Error, Question};
 use crate::tokenizer::Message;
 
-/// Stage 1, for the sharer.
+/// Stage 1, for the sharer: the published recipe's request.
 pub(crate) fn ask(question: &str) -> Vec<Message> {
     let request = format!(
         "In one clear sentence, describe the most essential background knowledge needed to answer the question: {question}"
@@ -12,11 +12,21 @@ pub(crate) fn ask(question: &str) -> Vec<Message> {
     vec![Message::new("user", request)]
 }
 
-/// Stage 2, for the receiver: the request, the sharer's text as if the receiver had said it, then the question.
+/// Stage 1 as the published program asks unless told otherwise.
+pub(crate) fn ask_briefly(question: &str) -> Vec<Message> {
+    let request = format!("Briefly describe the most useful background to solve the problem:\n\n{question}");
+    vec![Message::new("user", request)]
+}
+
+/// Stage 2, for the receiver: the request, the sharer's text as if the receiver had said it, then the prompt.
+pub(crate) fn follow(mut request: Vec<Message>, background: &str, prompt: &str) -> Vec<Message> {
+    request.extend([Message::new("assistant", background), Message::new("user", prompt)]);
+    request
+}
+
+/// Stage 2 where the sharer was asked for the whole prompt.
 pub(crate) fn answer(question: &str, background: &str) -> Vec<Message> {
-    let mut messages = ask(question);
-    messages.extend([Message::new("assistant", background), Message::new("user", question)]);
-    messages
+    follow(ask(question), background, question)
 }
 
 impl Question {

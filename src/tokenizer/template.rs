@@ -109,6 +109,13 @@ impl ChatTemplate {
             .expect("the constant compiles")
     }
 
+    /// What it was compiled from.
+    pub fn source(&self) -> String {
+        self.environment
+            .get_template(NAME)
+            .map_or_else(|_| String::new(), |template| template.source().into())
+    }
+
     /// The conversation as the text that the model was trained to read.
     pub fn render(&self, messages: &[Message], options: &TemplateOptions) -> Result<String, Error> {
         let render_error = |reason: minijinja::Error| Error::TemplateRender {

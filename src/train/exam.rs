@@ -4,16 +4,14 @@
 
 use super::{BatchCache, Control, Error, PairTrainer, Piece, Sample, batch_cache::BLOCK_SIZE};
 use crate::{
-    align::{Aligner, ChatOptions},
+    align::Aligner,
     backend::{DType, Queue},
-    data::{
-        Example, PromptStyle,
-        templates::{self, LetterError},
-    },
+    data::{Example, PromptStyle, templates::LetterError},
     engine::SamplingParams,
+    eval::asking,
     ops::IGNORED,
     pipeline::{Lane, Model, Prompt, Stream, generate, t2t},
-    tokenizer::{Message, TemplateOptions, Tokenizer},
+    tokenizer::{Message, Tokenizer},
 };
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -83,7 +81,7 @@ impl Exam {
     /// If answers of a model with this tokenizer cannot be told apart by a letter.
     pub fn letters(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>, LetterError> {
         let most = self.questions.iter().map(|question| question.choices).max().unwrap_or(0);
-        templates::letter_tokens(tokenizer, most)
+        asking::letters(tokenizer, most)
     }
 
     /// Asks every question of `answer`, which returns the logits of a model with this tokenizer.
@@ -99,11 +97,8 @@ impl Exam {
             let start = Instant::now();
             let logits = answer(index, question)?;
             spent += start.elapsed();
-            let scores = letters.iter().take(question.choices).map(|&token| logits[token as usize]);
-            let best = scores
-                .enumerate()
-                .fold((0, f32::NEG_INFINITY), |best, next| if next.1 > best.1 { next } else { best });
-            correct += usize::from(best.0 == question.answer);
+            let best = asking::best_choice(&logits, &letters, question.choices);
+            correct += usize::from(best == question.answer);
         }
         let questions = self.questions.len();
         let ms = spent.as_secs_f64() * 1e3 / questions.max(1) as f64;
@@ -130,19 +125,12 @@ impl Exam {
         swap: bool,
         control: Control,
     ) -> Result<Score, Error> {
-        let prompt = |index: usize| {
-            let question = &self.questions[index];
-            asked(aligner, &[Message::new("user", &question.text)], question)
-        };
+        let prompt = |index: usize| asked(aligner, &self.questions[index]);
         self.score(mode, receiver, |index, question| {
             let mut own = prompt(index)?;
             if swap {
                 let other = prompt((index + 1) % self.questions.len())?;
-                for (own, other) in own.sharers.iter_mut().zip(other.sharers) {
-                    let last = other.ids.len().saturating_sub(1) as u32;
-                    own.columns.iter_mut().flatten().for_each(|column| *column = last.min(*column));
-                    (own.ids, own.positions) = (other.ids, other.positions);
-                }
+                asking::swap(&mut own, &other);
             }
             let labels = vec![IGNORED; own.ids.len()];
             pair.logits(&Sample { prompt: own, labels, origin: question.origin.clone() }, control)
@@ -156,8 +144,7 @@ impl Exam {
         let mut params = SamplingParams { max_new_tokens: BACKGROUND, ..SamplingParams::default() };
         params.eos.extend(&theirs.special().eos);
         self.score("t2t", ours, |_, question| {
-            let text = theirs.render(&t2t::ask(&question.text), &generation())?;
-            let ids = theirs.encode(&text, false)?.ids;
+            let (_, ids) = asking::alone(theirs, &t2t::ask(&question.text), "")?;
             let positions: Vec<u32> = (0..ids.len() as u32).collect();
             let room = ids.len() + BACKGROUND;
             let (config, backend) = (&sharer.decoder.config, queue.backend());
@@ -175,30 +162,14 @@ impl Exam {
     }
 }
 
-fn generation() -> TemplateOptions {
-    TemplateOptions {
-        add_generation_prompt: true,
-        enable_thinking: Some(false),
-        ..TemplateOptions::default()
-    }
-}
-
 /// The conversation with the answer begun, for one model alone.
 fn begun(tokenizer: &Tokenizer, messages: &[Message], question: &Question) -> Result<Prompt, Error> {
-    let text = tokenizer.render(messages, &generation())? + question.response;
-    Ok(super::sample::plain(tokenizer.encode(&text, false)?.ids))
+    Ok(super::sample::plain(asking::alone(tokenizer, messages, question.response)?.1))
 }
 
 /// The conversation with the answer begun, as the receiver and its sharers read it.
-fn asked(aligner: &Aligner, messages: &[Message], question: &Question) -> Result<Prompt, Error> {
-    let mut messages = messages.to_vec();
-    messages.push(Message::new("assistant", question.response));
-    let template = TemplateOptions { enable_thinking: Some(false), ..TemplateOptions::default() };
-    let aligned = aligner.chat(&messages, &ChatOptions { template, open_last: true })?;
-    let last = messages.len() - 1;
-    let start = aligned.segments.iter().find(|segment| segment.message == Some(last));
-    let start = start.map_or(aligned.receiver_ids.len(), |segment| segment.receiver.start);
-    Ok(super::sample::unfused_from(aligned, start.max(1)))
+fn asked(aligner: &Aligner, question: &Question) -> Result<Prompt, Error> {
+    Ok(asking::together(aligner, &[Message::new("user", &question.text)], question.response)?)
 }
 
 fn last_logits(

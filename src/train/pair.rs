@@ -6,10 +6,10 @@ use super::{
 };
 use crate::{
     backend::{DType, Event, Queue, Tensor},
+    eval::asking::same_moments,
     fuser::{FusionMode, LayerCall, Positions, RidgeFit},
     model::Decoder,
     ops::{self, IGNORED, KvPages},
-    rng::normal,
 };
 use std::{sync::Arc, time::Duration};
 
@@ -299,13 +299,7 @@ impl PairTrainer {
             let slots: Vec<u32> = cache.slots.iter().flatten().copied().collect();
             for layer in 0..cache.kv.layers().len() {
                 let mut columns = cache.kv.read(&self.queue, layer, &slots)?;
-                for (half, values) in [&mut columns.keys, &mut columns.values].into_iter().enumerate() {
-                    let n = values.len().max(1) as f32;
-                    let mean = values.iter().sum::<f32>() / n;
-                    let deviation = (values.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / n).sqrt();
-                    let noise = normal(seed, (2 * layer + half) as u32, values.len());
-                    values.iter_mut().zip(noise).for_each(|(x, noise)| *x = mean + deviation * noise);
-                }
+                same_moments(&mut columns, seed, layer);
                 cache.kv.write(&self.queue, layer, &slots, &columns)?;
             }
         }

@@ -4,7 +4,10 @@ use super::{
     events::{Evaluation, Update},
     figures::{self, FigureError},
 };
-use crate::durable::{self, WriteError};
+use crate::{
+    durable::{self, WriteError},
+    eval::statistics::wilson,
+};
 use serde_json::Value;
 use std::{
     fmt::Write as _,
@@ -53,21 +56,6 @@ pub enum ReportError {
     Write(#[from] WriteError),
     #[error(transparent)]
     Figure(#[from] FigureError),
-}
-
-/// The interval in which the true rate lies with a confidence of 95 %, by Wilson's score (1927). It keeps within 0 to 1
-/// and means something for few questions and for none right. All of it where nothing was asked.
-pub fn wilson(correct: u64, asked: u64) -> (f64, f64) {
-    if asked == 0 {
-        return (0.0, 1.0);
-    }
-    // The 97.5 % quantile of the normal distribution.
-    const Z: f64 = 1.959_963_984_540_054;
-    let (n, rate) = (asked as f64, correct as f64 / asked as f64);
-    let centre = rate + Z * Z / (2.0 * n);
-    let half = Z * (rate * (1.0 - rate) / n + Z * Z / (4.0 * n * n)).sqrt();
-    let scale = 1.0 + Z * Z / n;
-    (((centre - half) / scale).max(0.0), ((centre + half) / scale).min(1.0))
 }
 
 impl Report {
@@ -181,24 +169,6 @@ mod tests {
     use super::*;
     use serde_json::json;
     use std::fs;
-
-    /// Published values of the interval.
-    #[test]
-    fn wilson_intervals() {
-        for (correct, asked, low, high) in [
-            (8, 10, 0.490162, 0.943318),
-            (0, 10, 0.0, 0.277533),
-            (10, 10, 0.722467, 1.0),
-            (50, 100, 0.403832, 0.596168),
-        ] {
-            let ours = wilson(correct, asked);
-            assert!(
-                (ours.0 - low).abs() < 1e-5 && (ours.1 - high).abs() < 1e-5,
-                "{correct}/{asked}: {ours:?}"
-            );
-        }
-        assert_eq!(wilson(0, 0), (0.0, 1.0));
-    }
 
     fn report() -> Report {
         let updates = (1..=40).map(|step| Update {

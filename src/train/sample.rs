@@ -2,7 +2,7 @@
 
 use super::Error;
 use crate::{
-    align::{AlignedPrompt, Aligner, ChatOptions},
+    align::{Aligner, ChatOptions},
     ops::IGNORED,
     pipeline::Prompt,
     tokenizer::{Message, TemplateOptions, Tokenizer},
@@ -45,7 +45,7 @@ impl Sample {
             return Err(bad("has nothing before its answer"));
         }
         let labels = shifted(&aligned.receiver_ids, start);
-        let prompt = unfused_from(aligned, start);
+        let prompt = aligned.unfused_from(start).into();
         Ok(Sample { prompt, labels, origin: origin.into() })
     }
 
@@ -156,27 +156,4 @@ pub(super) fn plain(ids: Vec<u32>) -> Prompt {
 fn shifted(ids: &[u32], start: usize) -> Vec<u32> {
     let next = ids.iter().skip(1).copied().chain([IGNORED]);
     next.enumerate().map(|(t, id)| if t + 1 >= start { id } else { IGNORED }).collect()
-}
-
-/// The prompt with everything from token `start` on, and the token before it, in one last section that is not fused: the
-/// token before the answer is the first to be learned from.
-pub(super) fn unfused_from(mut aligned: AlignedPrompt, start: usize) -> Prompt {
-    let (keep, total) = (start - 1, aligned.receiver_ids.len());
-    let mut at = 0;
-    let mut sections = Vec::new();
-    for section in &aligned.sections {
-        let len = section.len.min(keep.saturating_sub(at));
-        at += section.len;
-        if len > 0 {
-            sections.push(crate::align::Section { len, ..*section });
-        }
-    }
-    // Template text before the answer joins it.
-    let mut rest = total - keep;
-    while sections.last().is_some_and(|section| section.sharer_mask == 0) {
-        rest += sections.pop().map_or(0, |section| section.len);
-    }
-    sections.push(crate::align::Section { len: rest, sharer_mask: 0 });
-    aligned.sections = sections;
-    aligned.into()
 }
