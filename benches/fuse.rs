@@ -63,11 +63,11 @@ fn fuse(criterion: &mut Criterion) {
         };
 
         run();
-        let projector = &fuser.projectors()[0];
+        let [keys, values] = fuser.projectors()[0].halves().expect("a fuser with two");
         for token in [0, tokens / 2 - 1, tokens - 1] {
             let halves = [
-                ("key", &projector.keys, [&source.keys, &target.keys, &out.keys], gates[0]),
-                ("value", &projector.values, [&source.values, &target.values, &out.values], gates[1]),
+                ("key", keys, [&source.keys, &target.keys, &out.keys], gates[0]),
+                ("value", values, [&source.values, &target.values, &out.values], gates[1]),
             ];
             for (half, projector, [source, target, out], gate) in halves {
                 let base = column(&queue, target, token);

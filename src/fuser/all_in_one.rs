@@ -85,7 +85,8 @@ impl AllInOneConfig {
                 "has a computed gate of granularity token, which the published program fails on: use head_merged",
             );
         }
-        if !(self.scalar_temperature > 0.0) || !(1..=1 << 20).contains(&self.max_sequence_length) {
+        let positive = self.scalar_temperature > 0.0;
+        if !positive || !(1..=1 << 20).contains(&self.max_sequence_length) {
             return refuse("needs scalar_temperature above 0 and max_sequence_length of 1 to 1048576");
         }
         Ok(())

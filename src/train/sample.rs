@@ -55,7 +55,7 @@ impl Sample {
         let bad = |problem: &str| Error::Sample { origin: self.origin.clone(), problem: problem.into() };
         let prompt = &mut self.prompt;
         let start = prompt.ids.len() - prompt.sections.last().map_or(0, |section| section.len);
-        let fused = prompt.sections.iter().rev().skip(1).next();
+        let fused = prompt.sections.iter().rev().nth(1);
         if fused.is_none_or(|section| section.sharer_mask == 0) {
             return Err(bad(
                 "has tokens between its fused section and its last one: the response begins where the prompt ends",

@@ -275,7 +275,7 @@ impl Pass<'_, '_> {
         let mut dtarget = [0, 1].map(|_| vec![0.0; gates.len()]);
         let mut dprojected = [0, 1].map(|_| vec![0.0; gates.len()]);
         let mut dweights = [0, 1].map(|_| vec![0.0; gates.len()]);
-        for half in 0..2 {
+        for half in [0, 1] {
             for i in 0..gates.len() {
                 let (d, t, p) = (dout[half][i], self.target[half][i], made.projected[half][i]);
                 let weight = sigmoid(made.weights[half][i] / self.p.temperature);
@@ -291,7 +291,7 @@ impl Pass<'_, '_> {
                 dweights[half][i] = dweight * weight * (1.0 - weight) / self.p.temperature;
             }
         }
-        for half in 0..2 {
+        for half in [0, 1] {
             let (factor, grad) = (&self.p.weights[half], &grad.weights[half]);
             self.factor_backward(
                 factor,
@@ -302,7 +302,7 @@ impl Pass<'_, '_> {
                 &mut dprojected,
             );
         }
-        for half in 0..2 {
+        for half in [0, 1] {
             let mut d = std::mem::take(&mut dprojected[half]);
             if let (Some(combiners), Some(grads), Some(joined)) =
                 (&self.p.combiners, &grad.combiners, &made.joined)

@@ -483,6 +483,7 @@ mod tests {
             target_width: 1024,
             kv_heads: 8,
             ffns: 3,
+            joint: false,
         }
     }
 
