@@ -155,6 +155,19 @@ fn sharers_caches_on_disk_change_nothing_but_the_work() {
     assert!(!blocked.status.success() && told(&blocked).contains("rows.jsonl"), "{}", told(&blocked));
 }
 
+#[test]
+fn what_is_trained_can_be_said_on_the_command_line() {
+    // The sharers of the configuration play no part then.
+    let place = Place::new("fuser");
+    for (what, file) in [("model", "model.safetensors"), ("lora", "adapter_config.json")] {
+        let output = place.train(what, &["--what", what, "--set", "length.steps=1"]);
+        assert!(output.status.success(), "{}", told(&output));
+        assert!(place.path(what).join("final").join(file).is_file());
+    }
+    let output = place.train("other", &["--what", "everything"]);
+    assert!(!output.status.success() && told(&output).contains("everything"), "{}", told(&output));
+}
+
 /// A process for each rank, and what the first of them, which writes, left.
 fn in_ranks(place: &Place, out: &str, ranks: usize, more: &[&str]) -> Vec<Output> {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -356,7 +369,12 @@ fn bad_input_is_told() {
     fs::write(place.path("broken.jsonl"), "{\"question\": 1}\nnot json\n").unwrap();
     fs::write(place.path("empty.jsonl"), "").unwrap();
     let data = |name: &str| format!("data=[{{path={:?}}}]", place.path(name));
-    let cases: [(Vec<String>, &str); 8] = [
+    let alone = |what: &str, receiver: &str| {
+        vec![format!("what={what}"), "sharers=[]".into(), format!("receiver={:?}", place.path(receiver))]
+    };
+    let cases: [(Vec<String>, &str); 10] = [
+        (alone("model", "rows.jsonl"), "Hugging Face folder"),
+        (alone("lora", "absent.gguf"), "absent.gguf"),
         (vec![data("empty.jsonl")], "no row"),
         (vec![data("broken.jsonl")], "broken.jsonl"),
         (vec![data("absent.jsonl")], "absent.jsonl"),

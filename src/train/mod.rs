@@ -67,6 +67,11 @@ pub enum Error {
     NoSamples,
     #[error("{}: is an adapter; train another one beside its base", path.display())]
     AdapterOfAdapter { path: PathBuf },
+    #[error(
+        "{}: has no config.json: all weights can only be trained of a Hugging Face folder; of other models adapters can be (what = \"lora\")",
+        path.display()
+    )]
+    NotAFolder { path: PathBuf },
     #[error("several processes: {0}")]
     Ranks(String),
     #[error(

@@ -87,15 +87,20 @@ impl Parameters {
         if u32::try_from(len).is_err() {
             return Err(Error::TooManyParameters { parameters: len });
         }
-        let alloc = |len: usize, what: &str| queue.backend().alloc(DType::F32, &[len], what);
+        // A GPU's memory holds whatever was there before.
+        let zeros = |what: &str| -> Result<Tensor, Error> {
+            let tensor = queue.backend().alloc(DType::F32, &[len], what)?;
+            ops::zero(queue, &tensor)?;
+            Ok(tensor)
+        };
         Ok(Parameters {
             entries,
             decaying,
-            weights: alloc(len, "trained weights")?,
-            grad: alloc(len, "gradients")?,
-            m: alloc(len, "first moments")?,
-            v: alloc(len, "second moments")?,
-            sum: alloc(1, "gradient norm")?,
+            weights: zeros("trained weights")?,
+            grad: zeros("gradients")?,
+            m: zeros("first moments")?,
+            v: zeros("second moments")?,
+            sum: queue.backend().alloc(DType::F32, &[1], "gradient norm")?,
         })
     }
 

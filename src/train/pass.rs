@@ -542,7 +542,7 @@ impl TrainingPass {
     }
 }
 
-/// Zeroed F32 pages as large as `like`, for gradients.
+/// F32 pages as large as `like`, for gradients; to be set to 0 before a pass adds to them.
 pub fn gradient_pages(backend: &Arc<dyn Backend>, like: &KvPages) -> Result<KvPages, Error> {
     let alloc = |what| backend.alloc(DType::F32, like.keys.shape(), what);
     Ok(KvPages { keys: alloc("gradients of keys")?, values: alloc("gradients of values")? })

@@ -62,6 +62,9 @@ impl Trainee {
         };
         if config.what == What::Model {
             let path = hub::local(&config.receiver)?;
+            if !path.join("config.json").is_file() {
+                return Err(Error::NotAFolder { path });
+            }
             let tokenizer = Tokenizer::from_folder(&path)?;
             let model_config = ModelConfig::from_folder(&path)?;
             let trainer = if model::has_weights(&path) {

@@ -23,7 +23,7 @@ pub(super) use with_library::join;
 
 #[cfg(feature = "nccl")]
 mod with_library {
-    use super::{super::DeviceTensor, Communicator, Cuda, Error};
+    use super::{Communicator, Cuda, Error};
     use crate::backend::{Backend, DType, Tensor};
     use cudarc::{
         driver::CudaStream,
