@@ -90,7 +90,8 @@ fn bad_requests_are_refused_by_name() {
         refused(&server, PLAIN, body.to_string().as_bytes(), 400, Some(param));
     };
     complete(json!({ "prompt": [] }), "prompt");
-    complete(json!({ "prompt": "" }), "messages");
+    complete(json!({ "prompt": "" }), "prompt");
+    complete(json!({ "prompt": ["a", ""] }), "prompt");
     complete(json!({ "prompt": [1, 4_000_000_000_u32] }), "prompt");
     complete(json!({ "prompt": [-1] }), "prompt");
     complete(json!({ "prompt": [1, "a"] }), "prompt");
@@ -173,13 +174,18 @@ fn a_server_that_is_told_to_stop_finishes_first() {
     let body = chat("c2c", "Why is it so?", json!({ "max_tokens": 300, "stream": true })).to_string();
     let mut stream = server.connect();
     stream.write_all(&post("/v1/chat/completions", body.as_bytes(), "")).expect("it takes the request");
-    // The answer has begun.
-    let mut first = [0; 1];
-    stream.read_exact(&mut first).expect("an answer");
+    // The answer has begun: it is no longer in the queue.
+    let mut begun = Vec::new();
+    let mut some = [0; 200];
+    while String::from_utf8_lossy(&begun).matches("data: ").count() < 4 {
+        let n = stream.read(&mut some).expect("an answer");
+        assert!(n > 0, "it ended early");
+        begun.extend_from_slice(&some[..n]);
+    }
     signal(&server, "-TERM");
-    let mut rest = String::new();
-    stream.read_to_string(&mut rest).expect("the whole answer");
-    assert!(rest.contains("data: [DONE]"), "{rest}");
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).expect("the whole answer");
+    assert!(String::from_utf8_lossy(&rest).contains("data: [DONE]"));
     let start = Instant::now();
     let status = loop {
         if let Some(status) = server.child.try_wait().expect("a child") {
