@@ -72,6 +72,13 @@ impl Completion {
                 fields.invalid("prompt", format!("is a list of {}: 1 to {PROMPTS} are taken", prompts.len()))
             );
         }
+        let empty = |prompt: &One| match prompt {
+            One::Text(text) => text.is_empty(),
+            One::Ids(ids) => ids.is_empty(),
+        };
+        if prompts.iter().any(empty) {
+            return Err(fields.invalid("prompt", "is empty: there is nothing to continue"));
+        }
         if common.mode == Mode::T2t {
             return Err(ApiError::invalid(
                 "c2c.mode",
