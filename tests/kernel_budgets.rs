@@ -218,9 +218,9 @@ fn kernels_keep_to_their_budgets() {
     // Every format by tiles; and for one token as it lies in the file, where lengths of blocks meet in banks.
     for dtype in DType::ALL.into_iter().filter(|&dtype| dtype != DType::U32) {
         for cols in [768, 544] {
-            if cols % dtype.block_len() == 0 {
+            if cols.is_multiple_of(dtype.block_len()) {
                 let row_bytes = cols / dtype.block_len() * dtype.block_bytes();
-                let conflicts = if row_bytes % 16 == 0 { FEW } else { SOME };
+                let conflicts = if row_bytes.is_multiple_of(16) { FEW } else { SOME };
                 cases.push((linear(prefill, dtype, 64, cols, 64), Some(products(64, cols, 64)), conflicts));
             }
         }
@@ -240,7 +240,7 @@ fn kernels_keep_to_their_budgets() {
             let (waste, conflicts, mma) = (waste(counts), conflicts(counts), mma(counts));
             products += mma;
             let lanes = counts.lane_instructions;
-            println!("| {} | {kernel} | {launches} | {lanes} | {waste:.2} | {conflicts:.2} | {mma} |", name);
+            println!("| {name} | {kernel} | {launches} | {lanes} | {waste:.2} | {conflicts:.2} | {mma} |");
             // Eight f32 are two loads: half of a sector each, the other half from L1.
             let halves = if kernel.starts_with("gemv_f32") { 2.0 } else { 1.0 };
             if waste > WASTE * halves {
