@@ -29,12 +29,15 @@ fn config(folder: &Path, what: &str, dtype: &str) -> String {
     });
     let data = folder.join("rows.jsonl");
     fs::write(&data, rows.collect::<String>()).unwrap();
-    let sharers = if what == "fuser" { format!("[{:?}]", model("sharer")) } else { "[]".into() };
+    // The receiver's template thinks before it answers, which no model learns alone.
+    let (receiver, sharers) = match what {
+        "fuser" => (model("receiver"), format!("[{:?}]", model("sharer"))),
+        _ => (model("sharer"), "[]".into()),
+    };
     format!(
-        "what = {what:?}\nreceiver = {:?}\nsharers = {sharers}\ndtype = {dtype:?}\nthreads = 1\neval_every = 0\nsave_every = 0\n\
+        "what = {what:?}\nreceiver = {receiver:?}\nsharers = {sharers}\ndtype = {dtype:?}\nthreads = 1\neval_every = 0\nsave_every = 0\n\
          [fuser]\nhidden = 16\nintermediate = 24\n[lora]\nrank = 3\n[length]\nsteps = 2\n[batch]\nsamples = 2\n[optimizer]\nlearning_rate = 1e-3\n\
-         warmup_ratio = 0.0\n[[data]]\npath = {data:?}\n",
-        model("receiver")
+         warmup_ratio = 0.0\n[[data]]\npath = {data:?}\n"
     )
 }
 
