@@ -33,3 +33,17 @@ async fn file(kind: &'static str, text: &'static str) -> impl IntoResponse {
     ];
     (headers, text)
 }
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_page_names_no_other_server_and_stays_small() {
+        let files = [include_str!("index.html"), include_str!("page.css"), include_str!("page.js")];
+        for text in files {
+            let own = text.replace("http://www.w3.org/2000/svg", "");
+            assert!(!own.contains("http:") && !own.contains("https:"), "an address in {text}");
+        }
+        let bytes: usize = files.iter().map(|text| text.len()).sum();
+        assert!(bytes < 25_600, "{bytes} bytes");
+    }
+}
