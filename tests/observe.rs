@@ -12,7 +12,7 @@ use c2c::{
         ComputeType, FuserChoice, Link, Mode, Observation, Overlap, Prompt, Question, Session,
         SessionOptions, WantedLogits,
     },
-    serve::details::{Details, TokenLinks},
+    serve::{Details, TokenLinks},
     tokenizer::{Message, TemplateOptions},
 };
 use std::{f64::consts::PI, path::Path};

@@ -68,6 +68,8 @@ pub struct Token {
 pub struct Done {
     /// What was held back.
     pub text: String,
+    /// The end token, where one was drawn: no part of the answer.
+    pub end: Option<Token>,
     pub finish_reason: FinishReason,
     pub tokens: usize,
     /// From the job's arrival to its first token.

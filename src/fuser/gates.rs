@@ -34,20 +34,26 @@ impl FromStr for GateOverride {
 
     /// A text that is neither a word nor a list is the name of a file.
     fn from_str(text: &str) -> Result<Self, FuserError> {
+        GateOverride::in_words(text).unwrap_or_else(|| table(Path::new(text)))
+    }
+}
+
+impl GateOverride {
+    /// A word or a list of layers; `None` is neither. Looks at no file.
+    pub fn in_words(text: &str) -> Option<Result<Self, FuserError>> {
         match text {
-            "learned" => return Ok(GateOverride::Learned),
-            "open" => return Ok(GateOverride::Open),
-            "closed" => return Ok(GateOverride::Closed),
+            "learned" => return Some(Ok(GateOverride::Learned)),
+            "open" => return Some(Ok(GateOverride::Open)),
+            "closed" => return Some(Ok(GateOverride::Closed)),
             _ => {}
         }
         let list = |c: char| c.is_ascii_digit() || matches!(c, '-' | ',' | 'k' | 'v' | ' ');
-        if text.starts_with(|c: char| c.is_ascii_digit()) && text.chars().all(list) {
-            let ranges: Result<Vec<_>, String> = text.split(',').map(|part| range(part.trim())).collect();
-            return ranges
-                .map(GateOverride::Layers)
-                .map_err(|problem| FuserError::Gates { text: text.into(), problem });
+        if !text.starts_with(|c: char| c.is_ascii_digit()) || !text.chars().all(list) {
+            return None;
         }
-        table(Path::new(text))
+        let ranges: Result<Vec<_>, String> = text.split(',').map(|part| range(part.trim())).collect();
+        let named = |problem| FuserError::Gates { text: text.into(), problem };
+        Some(ranges.map(GateOverride::Layers).map_err(named))
     }
 }
 

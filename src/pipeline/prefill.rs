@@ -70,6 +70,10 @@ impl Spans {
 }
 
 impl Prefill {
+    pub fn prompt(&self) -> &Prompt {
+        &self.prompt
+    }
+
     /// With [`WantedLogits::LastSection`]: the logits `[tokens, vocab]` of what was read since this was last asked.
     pub fn take_logits(&mut self) -> Vec<f32> {
         std::mem::take(&mut self.logits)

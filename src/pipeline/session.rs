@@ -4,12 +4,12 @@ use super::{
     Answer, Error, Generation, Lane, Link, Model, Overlap, Prompt, SharerPrompt, Stream, TimingsMs,
     TokensPerSecond, WantedLogits,
     answer::{ms, peak_rss_bytes},
-    generate, t2t,
+    generate,
 };
 use crate::{
     align::{AlignedPrompt, Aligner, Alignment, ChatOptions, Fraction, LayerMapping},
     backend::{self, Backend, DType, DeviceChoice, Precision, Queue},
-    engine::SamplingParams,
+    engine::{SamplingParams, Speaker},
     fuser::{self, Fuser, FusionMode, GateOverride, Gates, Kind},
     model::Goal,
     tokenizer::{Message, TemplateOptions},
@@ -228,6 +228,34 @@ impl Session {
         self.options.mode
     }
 
+    pub fn dtype(&self) -> ComputeType {
+        self.options.dtype
+    }
+
+    pub fn fusion(&self) -> FusionMode {
+        self.options.multi_sharer
+    }
+
+    pub fn fraction(&self) -> Option<Fraction> {
+        self.options.fraction
+    }
+
+    pub fn overlap(&self) -> Overlap {
+        self.options.overlap
+    }
+
+    /// # Errors
+    /// If there is none.
+    pub fn model(&self, speaker: Speaker) -> Result<&Model, Error> {
+        match speaker {
+            Speaker::Receiver => self.receiver(),
+            Speaker::Sharer => {
+                let mode = self.options.mode;
+                self.sharers.first().ok_or(Error::MissingModel { mode, what: "--sharer" })
+            }
+        }
+    }
+
     pub(super) fn receiver(&self) -> Result<&Model, Error> {
         self.receiver.as_ref().ok_or(Error::MissingModel { mode: self.options.mode, what: "--receiver" })
     }
@@ -350,13 +378,11 @@ impl Session {
         params: &SamplingParams,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, Error> {
-        let Question::Chat { messages, template } = question else { return Err(Error::T2tNeedsChat) };
-        let chat = |messages| Question::Chat { messages, template: template.clone() };
-        let ask = t2t::first_stage(messages).ok_or(Error::T2tNeedsChat)?;
-        let stage1 = self.run_alone(&self.sharers[0], &chat(ask), params, &mut |_| {})?;
+        let ask = question.for_background()?;
+        let stage1 = self.run_alone(&self.sharers[0], &ask, params, &mut |_| {})?;
         let background = stage1.generation.text.trim().to_string();
-        let conversation = t2t::second_stage(messages, &background).ok_or(Error::T2tNeedsChat)?;
-        let stage2 = self.run_alone(self.receiver()?, &chat(conversation), params, on_text)?;
+        let with_background = question.with_background(&background)?;
+        let stage2 = self.run_alone(self.receiver()?, &with_background, params, on_text)?;
         let mut answer = self.blank(stage2.generation);
         answer.kv_bytes = stage1.kv_bytes.max(stage2.kv_bytes);
         answer.background = Some(background);

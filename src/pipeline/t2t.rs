@@ -1,6 +1,7 @@
 //! Text-to-text, the baseline: the sharer writes down what it knows, the receiver reads it (the paper's two-stage
 //! evaluation).
 
+use super::{Error, Question};
 use crate::tokenizer::Message;
 
 /// Stage 1, for the sharer.
@@ -18,19 +19,32 @@ pub(crate) fn answer(question: &str, background: &str) -> Vec<Message> {
     messages
 }
 
-/// Stage 1 of a conversation: about its last user message, if there is one.
-pub(crate) fn first_stage(messages: &[Message]) -> Option<Vec<Message>> {
-    Some(ask(&messages[last_question(messages)?].content))
-}
+impl Question {
+    /// What the sharer is asked about the last user message.
+    ///
+    /// # Errors
+    /// If this is no conversation with a user message.
+    pub fn for_background(&self) -> Result<Question, Error> {
+        self.rewritten(|_, question| ask(question))
+    }
 
-/// Stage 2: what came before that message, then [`answer`].
-pub(crate) fn second_stage(messages: &[Message], background: &str) -> Option<Vec<Message>> {
-    let last = last_question(messages)?;
-    let mut conversation = messages[..last].to_vec();
-    conversation.extend(answer(&messages[last].content, background));
-    Some(conversation)
-}
+    /// What the receiver is asked once the sharer has written down `background`.
+    ///
+    /// # Errors
+    /// If this is no conversation with a user message.
+    pub fn with_background(&self, background: &str) -> Result<Question, Error> {
+        self.rewritten(|earlier, question| {
+            let mut messages = earlier.to_vec();
+            messages.extend(answer(question, background));
+            messages
+        })
+    }
 
-fn last_question(messages: &[Message]) -> Option<usize> {
-    messages.iter().rposition(|message| message.role == "user")
+    /// The messages that `rewrite` makes of those before the last user message, and of that.
+    fn rewritten(&self, rewrite: impl FnOnce(&[Message], &str) -> Vec<Message>) -> Result<Question, Error> {
+        let Question::Chat { messages, template } = self else { return Err(Error::T2tNeedsChat) };
+        let last = messages.iter().rposition(|message| message.role == "user").ok_or(Error::T2tNeedsChat)?;
+        let messages = rewrite(&messages[..last], &messages[last].content);
+        Ok(Question::Chat { messages, template: template.clone() })
+    }
 }
