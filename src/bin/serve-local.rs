@@ -183,7 +183,7 @@ fn examine(pair: &PairArgs) -> Result<ExitCode, Box<dyn Error>> {
         alignment: pair.alignment,
         gates: &pair.gates,
     })?;
-    print!("{checkup}");
+    println!("{checkup}");
     Ok(if checkup.verdict() == doctor::Verdict::Fails { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
