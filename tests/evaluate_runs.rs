@@ -144,7 +144,11 @@ fn the_built_in_pair_is_measured_in_all_modes() {
     done(&evaluate(&out, &args).output().unwrap());
     assert!(start.elapsed() < Duration::from_secs(20));
     assert_eq!(samples(&out, "c2c"), before);
-    refused(&out, &["--limit", "60", "--router-questions", "40", "--seed", "3"], &["another evaluation", "seed", "--out"]);
+    refused(
+        &out,
+        &["--limit", "60", "--router-questions", "40", "--seed", "3"],
+        &["another evaluation", "seed", "--out"],
+    );
     let merged = folder.path().join("all.html");
     let report = Command::new(env!("CARGO_BIN_EXE_evaluate"))
         .args(["report", out.to_str().unwrap(), out.to_str().unwrap(), "--out", merged.to_str().unwrap()])
