@@ -196,11 +196,11 @@ impl Watcher for Screen {
 /// What the built-in pair is asked without arguments.
 const MODES: &str = "receiver,sharer,router,t2t,t2t-brief,c2c,controls";
 
-fn options(args: &Args) -> Result<Options, eval::Error> {
+fn options(args: &Args) -> Result<Options, Box<dyn Error>> {
     let own = args.receiver.is_none() && args.sharer.is_empty() && args.fuser.is_empty();
     let preset = args.preset.as_deref().map(Preset::find).transpose()?;
     let mut tasks = match (&args.tasks, &preset) {
-        (Some(names), _) => names.split(',').map(|name| Task::find(name.trim())).collect::<Result<_, _>>()?,
+        (Some(names), _) => Task::list(names)?,
         (None, Some(preset)) => preset.tasks(own)?,
         (None, None) => vec![Task::find("builtin")?],
     };
@@ -269,7 +269,7 @@ fn options(args: &Args) -> Result<Options, eval::Error> {
     })
 }
 
-fn list() -> Result<(), eval::Error> {
+fn list() -> Result<(), Box<dyn Error>> {
     println!("tasks:");
     for task in Task::bundled()? {
         println!("  {task}");
@@ -282,7 +282,7 @@ fn list() -> Result<(), eval::Error> {
     Ok(())
 }
 
-fn start(args: &Args) -> Result<(), eval::Error> {
+fn start(args: &Args) -> Result<(), Box<dyn Error>> {
     if let Some(Command::Report { runs, out }) = &args.command {
         report::merge(runs, out)?;
         println!("{}", out.display());

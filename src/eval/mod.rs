@@ -91,7 +91,7 @@ pub enum Error {
     #[error(transparent)]
     Pipeline(#[from] pipeline::Error),
     #[error(transparent)]
-    Store(#[from] train::Error),
+    Store(Box<train::Error>),
     #[error(transparent)]
     Tokenizer(#[from] tokenizer::Error),
     #[error(transparent)]
@@ -100,6 +100,12 @@ pub enum Error {
     Fuser(#[from] fuser::FuserError),
     #[error(transparent)]
     Backend(#[from] backend::Error),
+}
+
+impl From<train::Error> for Error {
+    fn from(error: train::Error) -> Error {
+        Error::Store(Box::new(error))
+    }
 }
 
 impl Error {

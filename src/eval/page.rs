@@ -114,18 +114,18 @@ pub fn html(summaries: &[Summary]) -> Result<String, Error> {
         if summaries.len() > 1 {
             let _ = writeln!(html, "<h2>{}: {}</h2>", number + 1, escaped(&summary.title));
         }
-        let _ = write!(
+        let _ = writeln!(
             html,
-            "<p class=quiet>{}; {}; {:.0} s</p>\n",
+            "<p class=quiet>{}; {}; {:.0} s</p>",
             escaped(&summary.started),
             escaped(&summary.device),
             summary.seconds
         );
         for (task, rows) in by_task(&summary.rows) {
-            let _ = write!(html, "<h3>{}</h3>\n", escaped(task));
+            let _ = writeln!(html, "<h3>{}</h3>", escaped(task));
             html += &table(&rows);
             if let Some(verdict) = verdict(&rows) {
-                let _ = write!(html, "<p>{}</p>\n", escaped(&verdict));
+                let _ = writeln!(html, "<p>{}</p>", escaped(&verdict));
             }
             html += "<div class=figures>";
             html += &figures::accuracy(&rows, Ground::Page)?;
@@ -141,12 +141,12 @@ pub fn html(summaries: &[Summary]) -> Result<String, Error> {
                 html += "</ul></details>\n";
             }
         }
-        let _ = write!(
+        let _ = writeln!(
             html,
-            "<details><summary>What was asked</summary><pre>{}</pre></details>\n",
+            "<details><summary>What was asked</summary><pre>{}</pre></details>",
             escaped(&format!("{:#}", summary.asked))
         );
     }
-    let _ = write!(html, "<p class=quiet>{}</p>\n</body></html>\n", escaped(LEGEND));
+    let _ = writeln!(html, "<p class=quiet>{}</p>\n</body></html>", escaped(LEGEND));
     Ok(html)
 }

@@ -212,6 +212,11 @@ impl Task {
         Ok(Task { name: if task.name.is_empty() { name.into() } else { task.name.clone() }, ..task })
     }
 
+    /// Several, with commas.
+    pub fn list(names: &str) -> Result<Vec<Task>, Error> {
+        names.split(',').map(|name| Task::find(name.trim())).collect()
+    }
+
     /// All bundled tasks.
     pub fn bundled() -> Result<Vec<Task>, Error> {
         names().map(Task::find).collect()
