@@ -60,7 +60,9 @@ pub enum Error {
     Damaged { file: String, problem: String },
     #[error("{file}: not a list of shards: {problem}")]
     Index { file: String, problem: String },
-    #[error("{}: {source}", path.display())]
+    #[error("{}: another program is fetching this file: wait for it, then run again", path.display())]
+    Busy { path: PathBuf },
+    #[error("the Hub's cache {}: {source}", path.display())]
     Cache { path: PathBuf, source: io::Error },
 }
 

@@ -5,7 +5,8 @@ use c2c::{
     backend::{DeviceChoice, cpu::Cpu},
     builtin,
     engine::{
-        Engine, EngineOptions, Event, Events, FuseOptions, Prepared, Refused, SamplingParams, Speaker, TokenLogprobs,
+        Engine, EngineOptions, Event, Events, FuseOptions, Prepared, Refused, SamplingParams, Speaker,
+        TokenLogprobs,
     },
     fuser::{FusionMode, GateOverride},
     model::Goal,
@@ -105,7 +106,8 @@ fn fused(engine: &Engine, question: &Question, params: &SamplingParams) -> Prepa
 /// Waits until no request holds a block.
 fn all_free(engine: &Engine) {
     let start = Instant::now();
-    let used = || ["receiver", "sharer"].map(|name| engine.metrics().blocks_used.with_label_values(&[name]).get());
+    let used =
+        || ["receiver", "sharer"].map(|name| engine.metrics().blocks_used.with_label_values(&[name]).get());
     while used() != [0, 0] {
         assert!(start.elapsed() < Duration::from_secs(20), "blocks still held: {:?}", used());
         std::thread::sleep(Duration::from_millis(5));
@@ -122,7 +124,8 @@ fn answers_in_a_batch_are_the_single_ones_in_every_mode() {
             let answer = |i| session.answer(&question(i), &params(i), &mut |_| {}).expect("an answer");
             (0..QUESTIONS).map(answer).collect::<Vec<_>>()
         };
-        let expected: Vec<_> = [Mode::C2c, Mode::Receiver, Mode::Sharer].into_iter().flat_map(single).collect();
+        let expected: Vec<_> =
+            [Mode::C2c, Mode::Receiver, Mode::Sharer].into_iter().flat_map(single).collect();
         let written = single(Mode::T2t);
         // Pieces of prompts between passes, a cache too small for all at once, and one in which everything has room.
         let narrow = EngineOptions { kv_blocks: Some(60), piece: 20, ..EngineOptions::default() };
@@ -134,7 +137,9 @@ fn answers_in_a_batch_are_the_single_ones_in_every_mode() {
                 let alone = [Speaker::Receiver, Speaker::Sharer]
                     .into_iter()
                     .flat_map(|speaker| (0..QUESTIONS).map(move |i| (speaker, i)))
-                    .map(|(speaker, i)| engine.alone(speaker, &question(i), &params(i)).expect("it tokenises"));
+                    .map(|(speaker, i)| {
+                        engine.alone(speaker, &question(i), &params(i)).expect("it tokenises")
+                    });
                 let answers = ask(&engine, fused.chain(alone).collect());
                 for (index, (found, expected)) in answers.iter().zip(&expected).enumerate() {
                     let what = format!("{dtype:?}, round {round}, answer {index}");
@@ -204,7 +209,8 @@ fn prefixes_are_found_by_those_they_belong_to() {
 
 #[test]
 fn who_goes_away_leaves_no_blocks() {
-    let engine = engine(ComputeType::Bf16, &EngineOptions { piece: 16, sequences: 4, ..EngineOptions::default() });
+    let engine =
+        engine(ComputeType::Bf16, &EngineOptions { piece: 16, sequences: 4, ..EngineOptions::default() });
     let long = SamplingParams { max_new_tokens: 300, ignore_eos: true, ..SamplingParams::default() };
     for wait in [0, 1, 5, 40] {
         // Some wait, some are being read, some answered.
@@ -222,7 +228,10 @@ fn who_goes_away_leaves_no_blocks() {
 
 #[test]
 fn what_can_never_be_answered_is_refused() {
-    let engine = engine(ComputeType::Bf16, &EngineOptions { kv_blocks: Some(8), queue: 3, ..EngineOptions::default() });
+    let engine = engine(
+        ComputeType::Bf16,
+        &EngineOptions { kv_blocks: Some(8), queue: 3, ..EngineOptions::default() },
+    );
     let alone = |ids: Vec<u32>, params: &SamplingParams| {
         engine.of_ids(Speaker::Receiver, ids, params).expect("a job")
     };

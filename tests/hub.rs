@@ -317,6 +317,12 @@ fn errors_say_what_to_do() {
     assert!(error.contains("another HF_TOKEN"), "{error}");
     fetch(&token("secret"), "hf:org/pair").expect("the token opens it");
 
+    let file = cache.path().join("file");
+    fs::write(&file, "").expect("written");
+    let blocked = Hub { cache: file.clone(), ..token("secret") };
+    let error = fetch(&blocked, "hf:org/pair").expect_err("there is no folder");
+    assert!(matches!(&error, Error::Cache { path, .. } if *path == file), "{error}");
+
     let nobody = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
     let gone = Hub { endpoint: format!("http://{nobody}"), ..client };
     let error = fetch(&gone, "hf:org/other").expect_err("nobody is there");

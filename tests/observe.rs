@@ -9,9 +9,10 @@ use c2c::{
     builtin,
     fuser::{FusionMode, GateOverride, LayerProjector},
     pipeline::{
-        ComputeType, FuserChoice, Link, Mode, Observation, Overlap, Prompt, Session, SessionOptions,
-        WantedLogits,
+        ComputeType, FuserChoice, Link, Mode, Observation, Overlap, Prompt, Question, Session,
+        SessionOptions, WantedLogits,
     },
+    serve::{Details, TokenLinks},
     tokenizer::{Message, TemplateOptions},
 };
 use std::{f64::consts::PI, path::Path};
@@ -62,12 +63,15 @@ fn prompt(session: &Session, messages: &[Message]) -> Prompt {
     let tokenizer = |model: &c2c::pipeline::Model| model.tokenizer.clone().expect("a tokenizer");
     let sharers: Vec<_> = session.sharers.iter().map(tokenizer).collect();
     let receiver = tokenizer(session.receiver.as_ref().expect("a receiver"));
-    let template = TemplateOptions { add_generation_prompt: true, ..TemplateOptions::default() };
     let aligner = Aligner::new(&receiver, &sharers, Alignment::Span).expect("an aligner");
     aligner
-        .chat(messages, &ChatOptions { template, open_last: false })
+        .chat(messages, &ChatOptions { template: template(), open_last: false })
         .expect("the conversation aligns")
         .into()
+}
+
+fn template() -> TemplateOptions {
+    TemplateOptions { add_generation_prompt: true, ..TemplateOptions::default() }
 }
 
 fn question() -> [Message; 1] {
@@ -226,4 +230,24 @@ fn a_later_sharer_is_seen_on_what_it_reads() {
     assert_ne!(parallel[1].weights, sequential[1].weights, "the second reads what the first left");
     let closed = of(FusionMode::Sequential, GateOverride::Closed);
     assert_eq!(closed[1].weights, parallel[1].weights, "which is the plain cache where that left nothing");
+}
+
+#[test]
+fn details_name_the_tokens_on_both_sides() {
+    let session = open(options());
+    let question = Question::Chat { messages: question().into(), template: template() };
+    let aligned = session.aligned(&question, None, None).expect("the question aligns");
+    let details = Details::of(&session, &aligned, &session.gates).expect("the fuser is observed");
+    let TokenLinks { receiver_tokens, sharer_tokens, columns } = &details.alignment;
+    assert_eq!(receiver_tokens.concat(), aligned.receiver_text);
+    assert_eq!(sharer_tokens.concat(), aligned.sharers[0].text);
+    let linked: Vec<u32> =
+        (0..).zip(columns).filter(|(_, column)| column.is_some()).map(|(i, _)| i).collect();
+    assert_eq!(linked, details.weights.tokens);
+    let place = receiver_tokens.iter().position(|text| text.contains("France")).expect("it is asked");
+    let column = columns[place].expect("the question is fused") as usize;
+    assert!(sharer_tokens[column].contains("ance"), "{}", sharer_tokens[column]);
+    let json = serde_json::to_value(&details).expect("it is written");
+    assert_eq!(json["weights"]["key"].as_array().map(Vec::len), Some(session.gates[0].len()));
+    assert_eq!(json["mean_weights"][0].as_array().map(Vec::len), Some(2));
 }

@@ -31,12 +31,22 @@ fn all_modes_answer_as_generate_does_whole_and_streamed() {
         assert_eq!(whole["object"], "chat.completion");
         assert_eq!(text(&whole), expected["text"], "{mode}");
         assert_eq!(whole["choices"][0]["finish_reason"], "length");
-        let prompt = if mode == "sharer" { &expected["sharer_prompt_tokens"][0] } else { &expected["prompt_tokens"] };
+        let prompt =
+            if mode == "sharer" { &expected["sharer_prompt_tokens"][0] } else { &expected["prompt_tokens"] };
         assert_eq!(whole["usage"]["prompt_tokens"], *prompt);
         assert_eq!(whole["usage"]["completion_tokens"], 12);
         let c2c = &whole["c2c"];
         assert_eq!(c2c["mode"], mode);
-        for phase in ["tokenize", "align", "sharer_prefill", "receiver_prefill", "fuse", "first_token", "decode", "total"] {
+        for phase in [
+            "tokenize",
+            "align",
+            "sharer_prefill",
+            "receiver_prefill",
+            "fuse",
+            "first_token",
+            "decode",
+            "total",
+        ] {
             assert!(c2c["timings_ms"][phase].as_f64().is_some_and(|ms| ms >= 0.0), "{phase}: {c2c}");
         }
         match mode {
@@ -90,7 +100,10 @@ fn details_tell_of_alignment_and_weights() {
     let closed = ask(json!({ "gates": "closed" }));
     assert_eq!(text(&closed), alone);
     assert_eq!(closed["c2c"]["bytes_communicated"], 0);
-    assert_eq!(ask(json!({ "gates": "0,2k" }))["c2c"]["gates"], json!([[true, true], [false, false], [true, false], [false, false]]));
+    assert_eq!(
+        ask(json!({ "gates": "0,2k" }))["c2c"]["gates"],
+        json!([[true, true], [false, false], [true, false], [false, false]])
+    );
     let half = ask(json!({ "fraction": 0.5 }))["c2c"]["aligned_tokens"].as_u64();
     assert!(half.is_some_and(|half| half > 0 && half < aligned));
     assert_eq!(ask(json!({ "fraction": "back:0" }))["c2c"]["aligned_tokens"], 0);
@@ -126,11 +139,15 @@ fn completions_continue_echo_and_score() {
         }
         assert!(choice["text"].as_str().is_some_and(|text| text.starts_with(prompt)));
     }
-    let only_scored = ask(json!({ "model": "sharer", "prompt": prompt, "max_tokens": 0, "logprobs": 0, "echo": true }));
+    let only_scored =
+        ask(json!({ "model": "sharer", "prompt": prompt, "max_tokens": 0, "logprobs": 0, "echo": true }));
     assert_eq!(text(&only_scored), prompt);
     assert_eq!(only_scored["usage"]["completion_tokens"], 0);
-    let several = ask(json!({ "model": "receiver", "prompt": ["a b", "c"], "n": 2, "max_tokens": 3, "temperature": 1, "seed": 5 }));
-    let indices: Vec<&Value> = several["choices"].as_array().expect("choices").iter().map(|c| &c["index"]).collect();
+    let several = ask(
+        json!({ "model": "receiver", "prompt": ["a b", "c"], "n": 2, "max_tokens": 3, "temperature": 1, "seed": 5 }),
+    );
+    let indices: Vec<&Value> =
+        several["choices"].as_array().expect("choices").iter().map(|c| &c["index"]).collect();
     assert_eq!(indices, [0, 1, 2, 3]);
     let fused = json!({ "model": "receiver+sharer", "prompt": prompt, "max_tokens": 5, "ignore_eos": true });
     let fused = ask(fused);
@@ -150,7 +167,8 @@ fn sampling_is_as_asked() {
     assert_eq!(drawn(7), drawn(7));
     assert_ne!(drawn(7), drawn(8));
     let several = ask(json!({ "temperature": 1.5, "seed": 7, "n": 3 }));
-    let texts: Vec<&Value> = several["choices"].as_array().expect("choices").iter().map(|c| &c["message"]["content"]).collect();
+    let texts: Vec<&Value> =
+        several["choices"].as_array().expect("choices").iter().map(|c| &c["message"]["content"]).collect();
     assert!(texts.len() == 3 && texts[0] != texts[1]);
     assert_eq!(texts[0], &drawn(7));
     let scored = ask(json!({ "logprobs": true, "top_logprobs": 3 }));
@@ -168,13 +186,19 @@ fn sampling_is_as_asked() {
 #[test]
 fn the_rest_of_the_endpoints() {
     let server = Server::tiny(&[]);
-    let ids: Vec<Value> = server.get("/v1/models").json()["data"].as_array().expect("models").iter().map(|m| m["id"].clone()).collect();
+    let ids: Vec<Value> = server.get("/v1/models").json()["data"]
+        .as_array()
+        .expect("models")
+        .iter()
+        .map(|m| m["id"].clone())
+        .collect();
     assert_eq!(ids, ["receiver", "sharer", "receiver+sharer"]);
     assert_eq!(server.get("/v1/models/sharer").json()["id"], "sharer");
     assert_eq!(server.get("/v1/models/none").status, 404);
     for model in ["receiver", "sharer"] {
         let text = "Rain, 北京!";
-        let tokens = server.ask("/tokenize", json!({ "model": model, "content": text, "add_special": false }));
+        let tokens =
+            server.ask("/tokenize", json!({ "model": model, "content": text, "add_special": false }));
         assert_eq!(tokens["count"].as_u64(), tokens["tokens"].as_array().map(|tokens| tokens.len() as u64));
         let back = server.ask("/detokenize", json!({ "model": model, "tokens": tokens["tokens"] }));
         assert_eq!(back["content"], text);

@@ -26,7 +26,9 @@ fn storm(server: &Server) -> Vec<Option<String>> {
                     let more = json!({ "stream": true, "max_tokens": 40 });
                     let body = chat(MODES[client / 4 % 4], &question(client), more).to_string();
                     let mut stream = server.connect();
-                    stream.write_all(&post("/v1/chat/completions", body.as_bytes(), "")).expect("it is taken");
+                    stream
+                        .write_all(&post("/v1/chat/completions", body.as_bytes(), ""))
+                        .expect("it is taken");
                     match client % 4 {
                         1 => {
                             let mut some = [0; 700];
@@ -48,7 +50,8 @@ fn storm(server: &Server) -> Vec<Option<String>> {
                             let answer = read(stream);
                             assert_eq!(answer.status, 200, "{}", answer.body);
                             let events = answer.events();
-                            let texts = events.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str());
+                            let texts =
+                                events.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str());
                             Some(texts.collect())
                         }
                     }

@@ -27,7 +27,15 @@ fn bad_requests_are_refused_by_name() {
     let server = Server::tiny(&["--max-body", "300000"]);
     const CHAT: &str = "/v1/chat/completions";
     const PLAIN: &str = "/v1/completions";
-    for broken in [&b""[..], b"{", b"null", b"[]", b"\"text\"", b"{\"model\": \"receiver\", \"messages\": [\"\xff\xfe\"]}", b"\xc3\x28"] {
+    for broken in [
+        &b""[..],
+        b"{",
+        b"null",
+        b"[]",
+        b"\"text\"",
+        b"{\"model\": \"receiver\", \"messages\": [\"\xff\xfe\"]}",
+        b"\xc3\x28",
+    ] {
         refused(&server, CHAT, broken, 400, None);
         refused(&server, "/tokenize", broken, 400, None);
     }
@@ -110,7 +118,10 @@ fn bad_requests_are_refused_by_name() {
     refused(&server, CHAT, large.as_bytes(), 413, None);
 
     // What means nothing is ignored, and all of the above did no harm.
-    let answer = server.ask(CHAT, chat("c2c", "Why?", json!({ "logit_bias": {}, "user": "me", "c2c": { "mode": "c2c", "x": 1 } })));
+    let answer = server.ask(
+        CHAT,
+        chat("c2c", "Why?", json!({ "logit_bias": {}, "user": "me", "c2c": { "mode": "c2c", "x": 1 } })),
+    );
     assert!(!text(&answer).is_empty());
     server.idle();
 }
@@ -156,7 +167,8 @@ fn a_full_queue_and_slow_answers_are_told() {
 
 #[test]
 fn other_machines_are_not_let_in_without_a_key() {
-    let run = Command::new(env!("CARGO_BIN_EXE_serve-local")).args(["--host", "0.0.0.0", "--port", "0"]).output();
+    let run =
+        Command::new(env!("CARGO_BIN_EXE_serve-local")).args(["--host", "0.0.0.0", "--port", "0"]).output();
     let run = run.expect("the binary starts");
     assert!(!run.status.success());
     assert!(String::from_utf8_lossy(&run.stderr).contains("--api-key"), "{run:?}");

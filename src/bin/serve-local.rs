@@ -176,9 +176,14 @@ fn examine(pair: &PairArgs) -> Result<ExitCode, Box<dyn Error>> {
     };
     let untrained = FuserChoice::Init { seed: 0 };
     let fuser = fusers.first().unwrap_or(&untrained);
-    let checkup =
-        doctor::examine(&doctor::Pair { receiver, sharer, fuser, alignment: pair.alignment, gates: &pair.gates })?;
-    print!("{checkup}");
+    let checkup = doctor::examine(&doctor::Pair {
+        receiver,
+        sharer,
+        fuser,
+        alignment: pair.alignment,
+        gates: &pair.gates,
+    })?;
+    println!("{checkup}");
     Ok(if checkup.verdict() == doctor::Verdict::Fails { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
@@ -213,7 +218,9 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let flags = &args.server;
     if !flags.host.is_loopback() && flags.api_key.is_none() {
         let host = flags.host;
-        return Err(format!("--host {host} lets other machines in: give --api-key KEY (or C2C_API_KEY)").into());
+        return Err(
+            format!("--host {host} lets other machines in: give --api-key KEY (or C2C_API_KEY)").into()
+        );
     }
     let timeout = Duration::try_from_secs_f64(flags.request_timeout)
         .map_err(|_| "--request-timeout is no number of seconds above 0")?;
@@ -221,7 +228,10 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     let server = Arc::new(Server::new(limits, flags.api_key.clone(), flags.log_prompts));
     let runtime = Runtime::new()?;
     let listener = runtime.block_on(TcpListener::bind((flags.host, flags.port))).map_err(|error| {
-        format!("cannot listen at {}:{}: {error}; is another server there? try --port 0", flags.host, flags.port)
+        format!(
+            "cannot listen at {}:{}: {error}; is another server there? try --port 0",
+            flags.host, flags.port
+        )
     })?;
     println!("http://{}", listener.local_addr()?);
     std::io::stdout().flush()?;

@@ -75,7 +75,8 @@ impl Engine {
             None => session.gates.clone(),
         };
         let start = Instant::now();
-        let aligned = session.aligned(question, options.alignment, options.fraction.or(session.fraction()))?;
+        let aligned =
+            session.aligned(question, options.alignment, options.fraction.or(session.fraction()))?;
         let took = start.elapsed();
         let params = session.with_stops(session.model(Speaker::Receiver)?, params)?;
         let job = Job {

@@ -7,9 +7,8 @@ use prometheus::{
 use std::time::Duration;
 
 /// Seconds, from a tenth of a millisecond to half a minute.
-const SECONDS: [f64; 17] = [
-    0.0001, 0.0003, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0,
-];
+const SECONDS: [f64; 17] =
+    [0.0001, 0.0003, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0];
 
 /// Counters and histograms of an engine.
 pub struct Metrics {
@@ -84,11 +83,7 @@ impl Metrics {
             ),
             inter_token: seconds(&registry, "c2c:inter_token_latency_seconds", "from token to token"),
             latency: seconds(&registry, "c2c:e2e_request_latency_seconds", "from arrival to the last token"),
-            decode: seconds(
-                &registry,
-                "c2c:request_decode_time_seconds",
-                "from the first token to the last",
-            ),
+            decode: seconds(&registry, "c2c:request_decode_time_seconds", "from the first token to the last"),
             receiver_prefill: seconds(
                 &registry,
                 "c2c:receiver_prefill_seconds",

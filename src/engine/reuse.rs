@@ -44,7 +44,8 @@ pub(super) fn fused(domain: &Domain, prompt: &Prompt, block_size: usize) -> Vec<
         }
         for (index, (sharer, read)) in prompt.sharers.iter().zip(&mut read).enumerate() {
             let columns = sharer.columns.iter().zip(&sections).take(start + block_size);
-            let used = columns.filter(|(_, (mask, _))| mask >> index & 1 == 1).filter_map(|(column, _)| *column);
+            let used =
+                columns.filter(|(_, (mask, _))| mask >> index & 1 == 1).filter_map(|(column, _)| *column);
             let end = used.max().map_or(0, |last| last as usize + 1).max(*read);
             companions.push((end - *read) as u32);
             companions.extend(&sharer.ids[*read..end]);

@@ -154,7 +154,9 @@ impl Scheduler {
             if !fits || self.reading.len() + self.answering.len() >= self.sequences {
                 return;
             }
-            let Some(Waiting { job, outlet, arrived, room, needs }) = self.waiting.pop_front() else { return };
+            let Some(Waiting { job, outlet, arrived, room, needs }) = self.waiting.pop_front() else {
+                return;
+            };
             self.shared.waiting.fetch_sub(1, Relaxed);
             for (room, n) in self.rooms.iter_mut().zip(&needs) {
                 room.reserved += n;
@@ -227,8 +229,7 @@ impl Scheduler {
             let open = gates.clone().filter(|gate| **gate > 0.0).count();
             self.metrics().gates_open.set(open as f64 / gates.count().max(1) as f64);
         }
-        let mut link =
-            Link::new(receiver, sharers, fusers, job.gates.clone(), self.fusion, self.overlap)?;
+        let mut link = Link::new(receiver, sharers, fusers, job.gates.clone(), self.fusion, self.overlap)?;
         let wanted = match job.prompt_logprobs {
             Some(_) => WantedLogits::LastSection,
             None => WantedLogits::Last,
@@ -313,15 +314,8 @@ impl Scheduler {
         // The sharers' blocks are free again from here on.
         let Link { receiver: lane, .. } = link;
         let limit = self.rooms[course.room].limit;
-        let mut answering = Answering {
-            course,
-            lane,
-            turn,
-            next: 0,
-            limit,
-            first_token: None,
-            last_token: Instant::now(),
-        };
+        let mut answering =
+            Answering { course, lane, turn, next: 0, limit, first_token: None, last_token: Instant::now() };
         let goes_on = match sampled {
             Ok(sampled) => answering.take(sampled, metrics),
             Err(error) => {

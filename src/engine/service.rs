@@ -93,7 +93,8 @@ impl Engine {
         for fuser in &session.fusers {
             prints.push(Fingerprint::of([&fuser.fingerprint(rooms[0].queue())?.0[..]]));
         }
-        let facts = rooms.iter().map(|room| Facts { name: room.name, limit: room.limit, vocab: room.vocab() });
+        let facts =
+            rooms.iter().map(|room| Facts { name: room.name, limit: room.limit, vocab: room.vocab() });
         let facts = facts.collect();
         let shared = Arc::new(Shared::default());
         for room in &rooms {
@@ -116,7 +117,8 @@ impl Engine {
             answering: Vec::new(),
         };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || scheduler.run());
-        let thread = thread.map_err(|error| crate::backend::Error::Unavailable("a thread".into(), error.to_string()))?;
+        let thread = thread
+            .map_err(|error| crate::backend::Error::Unavailable("a thread".into(), error.to_string()))?;
         let (inbox, thread) = (Mutex::new(Some(sender)), Some(thread));
         Ok(Engine { session, inbox, shared, queue: options.queue, facts, thread })
     }

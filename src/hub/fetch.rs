@@ -83,7 +83,11 @@ impl Hub {
             }
             Some(404) => Error::Unknown { endpoint, reference },
             Some(status) => Error::Server { endpoint, reference, status },
-            None => Error::Unreachable { endpoint, reference, source: error.into() },
+            None => match error {
+                ApiError::LockAcquisition(path) => Error::Busy { path },
+                ApiError::IoError(source) => Error::Cache { path: self.cache.clone(), source },
+                error => Error::Unreachable { endpoint, reference, source: error.into() },
+            },
         }
     }
 }

@@ -155,7 +155,8 @@ impl Answers {
             _ => read.report.sharers.iter().sum(),
         };
         let receiver = if self.mode == Mode::Sharer { Duration::ZERO } else { speaker };
-        let (first, decode) = self.first.as_ref().map_or_else(Default::default, |d| (d.first_token, d.decode));
+        let (first, decode) =
+            self.first.as_ref().map_or_else(Default::default, |d| (d.first_token, d.decode));
         let mut object = json!({
             "mode": self.mode,
             "aligned_tokens": self.aligned.as_ref().map_or(0, aligned_tokens),

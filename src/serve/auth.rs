@@ -14,7 +14,8 @@ use subtle::ConstantTimeEq;
 /// Lets through who has the key, or everybody where there is none.
 pub async fn check(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
     let Some(key) = &server.api_key else { return next.run(request).await };
-    let given = request.headers().get(AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
+    let given =
+        request.headers().get(AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
     if given.is_some_and(|given| same(given, key.as_bytes())) {
         return next.run(request).await;
     }

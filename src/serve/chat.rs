@@ -71,10 +71,15 @@ pub(super) fn conversation(fields: &mut Fields, generation_prompt: bool) -> Resu
         // As `generate` without --thinking.
         None | Some(Value::Null) => Some(false),
         Some(Value::Bool(thinking)) => Some(thinking),
-        Some(_) => return Err(fields.invalid("chat_template_kwargs", "has an `enable_thinking` that is no bool")),
+        Some(_) => {
+            return Err(fields.invalid("chat_template_kwargs", "has an `enable_thinking` that is no bool"));
+        }
     };
     let add_generation_prompt = fields.take("add_generation_prompt")?.unwrap_or(generation_prompt);
-    Ok(Question::Chat { messages, template: TemplateOptions { add_generation_prompt, enable_thinking, extra } })
+    Ok(Question::Chat {
+        messages,
+        template: TemplateOptions { add_generation_prompt, enable_thinking, extra },
+    })
 }
 
 /// Text in parts, `[{"type": "text", "text": …}]`, is text.
@@ -118,7 +123,13 @@ impl Head {
         json!({ "id": self.id, "object": kind, "created": self.created, "model": self.model })
     }
 
-    fn chunk(&self, index: usize, delta: Value, logprobs: Option<Value>, finish: Option<FinishReason>) -> Value {
+    fn chunk(
+        &self,
+        index: usize,
+        delta: Value,
+        logprobs: Option<Value>,
+        finish: Option<FinishReason>,
+    ) -> Value {
         let mut chunk = self.object("chat.completion.chunk");
         chunk["choices"] =
             json!([{ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish }]);
@@ -147,11 +158,12 @@ async fn whole(
             }
         }
     }
-    let choice = |(index, ((text, scores), reason)): (usize, ((String, Vec<TokenLogprobs>), FinishReason))| {
-        let logprobs = common.params.logprobs.map(|_| logprobs::chat(tokenizer, &scores));
-        let message = json!({ "role": "assistant", "content": text });
-        json!({ "index": index, "message": message, "logprobs": logprobs, "finish_reason": reason })
-    };
+    let choice =
+        |(index, ((text, scores), reason)): (usize, ((String, Vec<TokenLogprobs>), FinishReason))| {
+            let logprobs = common.params.logprobs.map(|_| logprobs::chat(tokenizer, &scores));
+            let message = json!({ "role": "assistant", "content": text });
+            json!({ "index": index, "message": message, "logprobs": logprobs, "finish_reason": reason })
+        };
     let mut object = head.object("chat.completion");
     object["choices"] = texts.into_iter().zip(scores).zip(reasons).enumerate().map(choice).collect();
     object["usage"] = answers.usage();

@@ -56,7 +56,8 @@ impl Completion {
     fn read(server: &Server, engine: &Engine, body: &Bytes) -> Result<Completion, ApiError> {
         let mut fields = Fields::parse(body)?;
         let mut common = Common::take(&mut fields, server, engine)?;
-        let prompts = fields.take::<Value>("prompt")?.ok_or_else(|| fields.invalid("prompt", "is missing"))?;
+        let prompts =
+            fields.take::<Value>("prompt")?.ok_or_else(|| fields.invalid("prompt", "is missing"))?;
         let prompts: Prompts = serde_json::from_value(prompts).map_err(|_| {
             fields.invalid("prompt", "is neither a text, nor token ids, nor a list of one kind of them")
         })?;
@@ -67,7 +68,9 @@ impl Completion {
             Prompts::Lists(lists) => lists.into_iter().map(One::Ids).collect(),
         };
         if prompts.is_empty() || prompts.len() > PROMPTS {
-            return Err(fields.invalid("prompt", format!("is a list of {}: 1 to {PROMPTS} are taken", prompts.len())));
+            return Err(
+                fields.invalid("prompt", format!("is a list of {}: 1 to {PROMPTS} are taken", prompts.len()))
+            );
         }
         let empty = |prompt: &One| match prompt {
             One::Text(text) => text.is_empty(),
@@ -77,7 +80,10 @@ impl Completion {
             return Err(fields.invalid("prompt", "is empty: there is nothing to continue"));
         }
         if common.mode == Mode::T2t {
-            return Err(ApiError::invalid("c2c.mode", "text-to-text needs messages: ask /v1/chat/completions"));
+            return Err(ApiError::invalid(
+                "c2c.mode",
+                "text-to-text needs messages: ask /v1/chat/completions",
+            ));
         }
         if common.mode == Mode::C2c && prompts.iter().any(|prompt| matches!(prompt, One::Ids(_))) {
             let problem = "of token ids is one model's alone: give receiver+sharer a text to align";
@@ -112,7 +118,8 @@ pub async fn complete(State(server): State<Arc<Server>>, body: super::Body) -> R
 
 async fn respond(server: &Arc<Server>, body: super::Body) -> Result<Response, ApiError> {
     let engine = server.engine()?.clone();
-    let Completion { common, prompts, echo } = Completion::read(server, &engine, &super::body(server, body)?)?;
+    let Completion { common, prompts, echo } =
+        Completion::read(server, &engine, &super::body(server, body)?)?;
     let tokenizer = super::tokenizer(&engine, common.mode)?.clone();
     let begin = |(index, prompt): (usize, One)| {
         let (server, common, tokenizer) = (server.clone(), common.clone(), tokenizer.clone());

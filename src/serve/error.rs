@@ -91,9 +91,7 @@ impl From<Refused> for ApiError {
     fn from(refused: Refused) -> ApiError {
         let message = refused.to_string();
         match refused {
-            Refused::QueueFull(_) => {
-                ApiError::new(StatusCode::TOO_MANY_REQUESTS, message).code("queue_full")
-            }
+            Refused::QueueFull(_) => ApiError::new(StatusCode::TOO_MANY_REQUESTS, message).code("queue_full"),
             Refused::ShuttingDown => ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message),
             Refused::NoModel(_) => ApiError::invalid("model", message).code("model_not_found"),
             Refused::TooLong { .. } => ApiError::invalid("prompt", message).code("context_length_exceeded"),

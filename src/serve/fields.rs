@@ -59,7 +59,8 @@ impl Fields {
         let Some(value) = self.take::<Value>(name)? else { return Ok(None) };
         let number = value.as_u64().filter(|number| range.contains(number));
         let (least, most) = (range.start(), range.end());
-        let wrong = || self.invalid(name, format!("is {value}: expected a whole number from {least} to {most}"));
+        let wrong =
+            || self.invalid(name, format!("is {value}: expected a whole number from {least} to {most}"));
         number.map(|number| Some(number as usize)).ok_or_else(wrong)
     }
 

@@ -71,7 +71,10 @@ pub fn router(server: Arc<Server>, cors: Option<HeaderValue>) -> Router {
     let origin = if origin == "*" { AllowOrigin::any() } else { AllowOrigin::exact(origin) };
     let headers = [header::CONTENT_TYPE, header::AUTHORIZATION];
     router.layer(
-        CorsLayer::new().allow_origin(origin).allow_methods([Method::GET, Method::POST]).allow_headers(headers),
+        CorsLayer::new()
+            .allow_origin(origin)
+            .allow_methods([Method::GET, Method::POST])
+            .allow_headers(headers),
     )
 }
 

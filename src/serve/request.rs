@@ -72,7 +72,8 @@ impl Common {
         let tokens = tokens.or(fields.number("max_tokens", 0..=most)?).unwrap_or(TOKENS.min(most as usize));
         let top_k: Option<i64> = fields.take("top_k")?;
         let usual = SamplingParams::default();
-        let mut or = |name: &str, usual: f32| -> Result<f32, ApiError> { Ok(fields.take(name)?.unwrap_or(usual)) };
+        let mut or =
+            |name: &str, usual: f32| -> Result<f32, ApiError> { Ok(fields.take(name)?.unwrap_or(usual)) };
         let params = SamplingParams {
             temperature: or("temperature", usual.temperature)?,
             top_p: or("top_p", usual.top_p)?,
@@ -138,7 +139,9 @@ fn c2c(fields: &mut Fields, model: &str, engine: &Engine) -> Result<(Mode, FuseO
     };
     let mode = match (alone, given) {
         (Some(alone), Some(given)) if alone != given => {
-            return Err(c2c.invalid("mode", format!("needs both models: ask for receiver+sharer, not {model}")));
+            return Err(
+                c2c.invalid("mode", format!("needs both models: ask for receiver+sharer, not {model}"))
+            );
         }
         (alone, given) => given.or(alone).unwrap_or(Mode::C2c),
     };
@@ -163,7 +166,10 @@ fn gates(c2c: &mut Fields) -> Result<Option<GateOverride>, ApiError> {
             Some(gates) => gates.map(Some).map_err(|error| ApiError::invalid("c2c.gates", error.to_string())),
             None => {
                 let text = text.escape_debug();
-                Err(c2c.invalid("gates", format!("is `{text}`: expected learned, open, closed or a list such as 0-3,7")))
+                Err(c2c.invalid(
+                    "gates",
+                    format!("is `{text}`: expected learned, open, closed or a list such as 0-3,7"),
+                ))
             }
         },
         Some(table) => {
@@ -175,7 +181,8 @@ fn gates(c2c: &mut Fields) -> Result<Option<GateOverride>, ApiError> {
                 Some([key, value]) => Some([gate(key)?, gate(value)?]),
                 _ => None,
             };
-            let rows: Option<Vec<[f32; 2]>> = table.as_array().and_then(|rows| rows.iter().map(row).collect());
+            let rows: Option<Vec<[f32; 2]>> =
+                table.as_array().and_then(|rows| rows.iter().map(row).collect());
             let wrong = || c2c.invalid("gates", "is no list of [key, value], one pair a layer, each 0 to 1");
             rows.map(|rows| Some(GateOverride::Table(rows))).ok_or_else(wrong)
         }
@@ -183,7 +190,10 @@ fn gates(c2c: &mut Fields) -> Result<Option<GateOverride>, ApiError> {
 }
 
 /// A field that is written as on the command line; a number will do for a text.
-fn parsed<T: FromStr<Err: std::fmt::Display>>(fields: &mut Fields, name: &str) -> Result<Option<T>, ApiError> {
+fn parsed<T: FromStr<Err: std::fmt::Display>>(
+    fields: &mut Fields,
+    name: &str,
+) -> Result<Option<T>, ApiError> {
     let text = match fields.take::<Value>(name)? {
         None => return Ok(None),
         Some(Value::String(text)) => text,

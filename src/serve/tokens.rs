@@ -26,7 +26,10 @@ pub async fn tokenize(State(server): State<Arc<Server>>, body: super::Body) -> R
         };
         let pieces = fields.take("with_pieces")?.unwrap_or(false);
         fields.ignore_rest();
-        let ids = tokenizer.encode(&text, add_special).map_err(|error| ApiError::invalid("content", error.to_string()))?.ids;
+        let ids = tokenizer
+            .encode(&text, add_special)
+            .map_err(|error| ApiError::invalid("content", error.to_string()))?
+            .ids;
         let piece = |&id: &u32| json!({ "id": id, "piece": super::logprobs::text(tokenizer, id) });
         let tokens = if pieces { ids.iter().map(piece).collect() } else { json!(ids) };
         Ok(json!({ "tokens": tokens, "count": ids.len() }))

@@ -57,7 +57,7 @@ function column(of) {
   return { ...of, node, answer, costs, timings: null };
 }
 
-function request({ mode, model }) {
+function request({ mode, model }, salt) {
   const field = name => form.elements[name].value.trim();
   const messages = [{ role: 'user', content: $('question').value }];
   if (field('system')) messages.unshift({ role: 'system', content: field('system') });
@@ -67,7 +67,8 @@ function request({ mode, model }) {
     if (field('fraction') !== '1') c2c.fraction = field('fraction');
   }
   return {
-    model, messages, c2c, stream: true, stream_options: { include_usage: true },
+    // With a salt of its own nothing is found cached: times can be compared.
+    model, messages, c2c, cache_salt: salt, stream: true, stream_options: { include_usage: true },
     max_tokens: +field('max_tokens'), temperature: +field('temperature'), seed: +field('seed'),
   };
 }
@@ -96,11 +97,11 @@ async function* events(response) {
   }
 }
 
-async function run(column, signal) {
+async function run(column, salt, signal) {
   column.node.setAttribute('aria-busy', 'true');
   const result = { usage: null, c2c: null, finish: null };
   try {
-    const response = await post(request(column), signal);
+    const response = await post(request(column, salt), signal);
     if (!response.ok) {
       const said = await response.json().catch(() => null);
       throw new Error(said?.error?.message ?? `the server answered ${response.status} ${response.statusText}`);
@@ -134,7 +135,8 @@ async function ask() {
     column.timings = null;
   }
   $('stop').disabled = false;
-  await Promise.all(columns.map(column => run(column, mine.signal)));
+  const salt = `page ${Date.now()} ${Math.random()}`;
+  await Promise.all(columns.map(column => run(column, salt, mine.signal)));
   if (running === mine) $('stop').disabled = true;
 }
 
@@ -193,6 +195,8 @@ const HALVES = [['key', 'Keys'], ['value', 'Values']];
 
 function inside({ gates, mean_weights: means, weights, alignment, aligned_tokens, bytes_communicated }) {
   gates ??= [];
+  // Of several sharers the first is shown.
+  if (Array.isArray(gates[0]?.[0])) [gates] = gates;
   const open = gates.flat().filter(Boolean).length;
   $('carried').textContent = `${plural(aligned_tokens ?? 0, 'token')} took a column of the Sharer’s cache, `
     + `${bytes(bytes_communicated ?? 0)} in all; ${open} of ${2 * gates.length} gates are open.`;
