@@ -122,7 +122,8 @@ pub(super) fn exp(x: f32) -> f32 {
     let value = poly * r * r + r + 1.0;
     // n may be 128 for the largest arguments: scale in two steps.
     let half = (n * 0.5).round_ties_even();
-    let power = |k: f32| f32::from_bits(((k as i32 + 127) as u32) << 23);
+    // Not checked for overflow, which cannot be: a check would keep loops of builds that have them from vectorising.
+    let power = |k: f32| f32::from_bits(((k as i32).wrapping_add(127) as u32) << 23);
     value * power(half) * power(n - half)
 }
 
