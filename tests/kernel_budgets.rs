@@ -217,7 +217,7 @@ fn kernels_keep_to_their_budgets() {
     ];
     // Every format by tiles; and for one token as it lies in the file, where lengths of blocks meet in banks.
     for dtype in DType::ALL.into_iter().filter(|&dtype| dtype != DType::U32) {
-        for cols in [768, 544] {
+        for cols in [768usize, 544] {
             if cols.is_multiple_of(dtype.block_len()) {
                 let row_bytes = cols / dtype.block_len() * dtype.block_bytes();
                 let conflicts = if row_bytes.is_multiple_of(16) { FEW } else { SOME };
