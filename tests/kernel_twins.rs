@@ -14,8 +14,11 @@ use std::{
 type Field = (String, String, usize);
 type Structs = BTreeMap<String, Vec<Field>>;
 
-/// A struct's plain fields in memory: path, type, offset, elements; then its size and alignment.
-fn layout(structs: &Structs, name: &str) -> (Vec<(String, String, usize, usize)>, usize, usize) {
+/// A plain field in memory: path, type, offset, elements.
+type Place = (String, String, usize, usize);
+
+/// A struct's plain fields, its size and alignment.
+fn layout(structs: &Structs, name: &str) -> (Vec<Place>, usize, usize) {
     let (mut all, mut end, mut most) = (Vec::new(), 0usize, 1);
     for (field, ty, count) in &structs[name] {
         let (inner, bytes, align) = match ty.as_str() {
