@@ -20,7 +20,7 @@ const PHASES = [
 // From the questions that the built-in pair's fuser has not seen.
 const EXAMPLES = {
   Grenoble: 'In which country is Grenoble: A Spain, B Poland, C Greece, D France?',
-  Dresden: 'In which country is Dresden: A Italy, B Portugal, C Germany, D Brazil?',
+  Dresden: 'In which country is Dresden: A Germany, B Portugal, C Italy, D Brazil?',
   Botswana: 'On which continent is Botswana: A Asia, B Africa, C Europe, D Oceania?',
   gecko: 'What kind of animal is the gecko: A bird, B fish, C reptile, D insect?',
 };
@@ -136,7 +136,11 @@ async function ask() {
   }
   $('stop').disabled = false;
   const salt = `page ${Date.now()} ${Math.random()}`;
-  await Promise.all(columns.map(column => run(column, salt, mine.signal)));
+  if (form.elements.turns.checked) {
+    for (const column of columns) await run(column, salt, mine.signal);
+  } else {
+    await Promise.all(columns.map(column => run(column, salt, mine.signal)));
+  }
   if (running === mine) $('stop').disabled = true;
 }
 
