@@ -83,7 +83,8 @@ def openai_client(server):
             )
             chunks = list(stream)
             assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
-            assert chunks[-1].usage == whole.usage and chunks[-1].c2c["mode"] == mode
+            # How much of the prompt was cached may differ, and does.
+            assert chunks[-1].usage.total_tokens == whole.usage.total_tokens and chunks[-1].c2c["mode"] == mode
             right[mode] += re.search(r"\b([A-D])\b", text + " A" * (text == "")).group(1) == "ABCD"[answer]
     print(f"openai: right of {len(asked)}:", right)
     assert right["c2c"] > right["receiver"] and right["sharer"] >= 10, "the modes do not differ as they should"
