@@ -3,6 +3,7 @@
 use c2c::{
     align::{Alignment, LayerMapping},
     backend::{DeviceChoice, cpu::Cpu},
+    builtin,
     engine::{
         Engine, EngineOptions, Event, Events, FuseOptions, Prepared, Refused, SamplingParams, Speaker,
         TokenLogprobs,
@@ -13,32 +14,30 @@ use c2c::{
     tokenizer::{Message, TemplateOptions},
 };
 use std::{
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 const DTYPES: [ComputeType; 2] = [ComputeType::F32, ComputeType::Bf16];
 
-/// The fixture pair, its untrained fuser with open gates.
+/// The built-in pair.
 fn session(mode: Mode, dtype: ComputeType) -> Session {
-    let pair = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/pair");
     let options = SessionOptions {
         mode,
-        receiver: Some(pair.join("receiver")),
-        sharers: vec![pair.join("sharer")],
-        fusers: vec![FuserChoice::Init { seed: 3 }],
+        receiver: Some(builtin::path("receiver")),
+        sharers: vec![builtin::path("sharer")],
+        fusers: vec![FuserChoice::Load(builtin::path("fuser"))],
         multi_sharer: FusionMode::default(),
         alignment: Alignment::Span,
         mapping: LayerMapping::LAST_ALIGNED,
-        gates: GateOverride::Open,
+        gates: GateOverride::Learned,
         fraction: None,
         dtype,
         device: DeviceChoice::Cpu,
         threads: 2,
         overlap: Overlap::Layers,
     };
-    Session::open_on(Cpu::new(2), options, &|_, _, _| {}).expect("the fixture pair opens")
+    Session::open_on(Cpu::new(2), options, &|_, _, _| {}).expect("the pair opens")
 }
 
 fn engine(dtype: ComputeType, options: &EngineOptions) -> Engine {
@@ -46,7 +45,7 @@ fn engine(dtype: ComputeType, options: &EngineOptions) -> Engine {
 }
 
 fn question(index: usize) -> Question {
-    let words = ["the north", "rain", "42", "the answer", "北京", "is", "sky"];
+    let words = ["France", "Grenoble", "country", "A", "Greece", "In which", "is"];
     let text: Vec<&str> = (0..1 + 5 * index).map(|i| words[(i * 3 + index) % words.len()]).collect();
     let system = Message::new("system", "You answer in few words, as people do who have little time.");
     let messages = vec![system, Message::new("user", text.join(" "))];
@@ -115,7 +114,7 @@ fn all_free(engine: &Engine) {
     }
 }
 
-const QUESTIONS: usize = 6;
+const QUESTIONS: usize = 4;
 
 #[test]
 fn answers_in_a_batch_are_the_single_ones_in_every_mode() {

@@ -41,7 +41,7 @@ fn bad_requests_are_refused_by_name() {
     }
     let deep = "[".repeat(100_000);
     refused(&server, CHAT, format!("{{\"messages\": {deep}").as_bytes(), 400, None);
-    let ask = |more: Value, status, param| {
+    let ask = |more: Value, status: u16, param: &str| {
         refused(&server, CHAT, chat("c2c", "Why?", more).to_string().as_bytes(), status, Some(param));
     };
     ask(json!({ "model": "gpt-9" }), 404, "model");
@@ -92,7 +92,7 @@ fn bad_requests_are_refused_by_name() {
         ask(json!({ "c2c": { name: value } }), 400, &format!("c2c.{name}"));
     }
     ask(json!({ "model": "sharer", "c2c": { "mode": "c2c" } }), 400, "c2c.mode");
-    let complete = |more: Value, param| {
+    let complete = |more: Value, param: &str| {
         let mut body = json!({ "model": "receiver", "prompt": "a", "max_tokens": 2 });
         more.as_object().expect("fields").iter().for_each(|(name, value)| body[name] = value.clone());
         refused(&server, PLAIN, body.to_string().as_bytes(), 400, Some(param));

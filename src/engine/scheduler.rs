@@ -18,11 +18,7 @@ use crate::{
 };
 use std::{
     collections::VecDeque,
-    sync::{
-        Arc,
-        atomic::Ordering::Relaxed,
-        mpsc::{Receiver, TryRecvError},
-    },
+    sync::{Arc, atomic::Ordering::Relaxed, mpsc::Receiver},
     time::Instant,
 };
 
@@ -85,11 +81,8 @@ impl Scheduler {
                 Err(_) => return false,
             }
         }
-        loop {
-            match self.inbox.try_recv() {
-                Ok(jobs) => self.queue(jobs),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-            }
+        while let Ok(jobs) = self.inbox.try_recv() {
+            self.queue(jobs);
         }
         if self.shared.stopping.load(Relaxed) {
             for waiting in self.waiting.drain(..) {
@@ -162,33 +155,26 @@ impl Scheduler {
                 room.reserved += n;
             }
             let course = Course { outlet, arrived, room, needs };
-            match self.begin(job, course) {
-                Ok(reading) => self.reading.push_back(reading),
-                Err((course, error)) => {
+            let queued = course.arrived.elapsed();
+            note(&self.shared.metrics.queue_time, queued);
+            match self.link(&job, room) {
+                Ok((turn, link, prefill, found)) => self.reading.push_back(Reading {
+                    course,
+                    link,
+                    prefill,
+                    turn,
+                    queued,
+                    hashes: found.hashes,
+                    sharer_hashes: found.sharer_hashes,
+                    cached: found.cached,
+                    sharers_cached: found.sharers_cached,
+                    scored: job.prompt_logprobs.map(|n| (n, Vec::new())),
+                }),
+                Err(error) => {
                     course.fail(&self.shared.metrics, error.into());
                     self.release(&course);
                 }
             }
-        }
-    }
-
-    fn begin(&self, job: Job, course: Course) -> Result<Reading, (Course, Error)> {
-        let queued = course.arrived.elapsed();
-        note(&self.metrics().queue_time, queued);
-        match self.link(&job, course.room) {
-            Ok((turn, link, prefill, found)) => Ok(Reading {
-                course,
-                link,
-                prefill,
-                turn,
-                queued,
-                hashes: found.hashes,
-                sharer_hashes: found.sharer_hashes,
-                cached: found.cached,
-                sharers_cached: found.sharers_cached,
-                scored: job.prompt_logprobs.map(|n| (n, Vec::new())),
-            }),
-            Err(error) => Err((course, error)),
         }
     }
 
