@@ -20,7 +20,7 @@ const PHASES = [
 // From the questions that the built-in pair's fuser has not seen.
 const EXAMPLES = {
   Grenoble: 'In which country is Grenoble: A Spain, B Poland, C Greece, D France?',
-  Dresden: 'In which country is Dresden: A Italy, B Portugal, C Germany, D Brazil?',
+  Dresden: 'In which country is Dresden: A Germany, B Portugal, C Italy, D Brazil?',
   Botswana: 'On which continent is Botswana: A Asia, B Africa, C Europe, D Oceania?',
   gecko: 'What kind of animal is the gecko: A bird, B fish, C reptile, D insect?',
 };
@@ -54,7 +54,7 @@ function column(of) {
   const node = h('article', { id: of.mode, 'aria-label': of.name },
     h('header', {}, h('h2', {}, of.name), h('p', {}, of.how)), answer, costs);
   $('answers').append(node);
-  return { ...of, node, answer, costs, timings: null };
+  return { ...of, node, answer, costs, spent: 0 };
 }
 
 function request({ mode, model }, salt) {
@@ -132,11 +132,15 @@ async function ask() {
   for (const column of columns) {
     column.answer.replaceChildren();
     column.costs.replaceChildren();
-    column.timings = null;
+    column.spent = 0;
   }
   $('stop').disabled = false;
   const salt = `page ${Date.now()} ${Math.random()}`;
-  await Promise.all(columns.map(column => run(column, salt, mine.signal)));
+  if (form.elements.turns.checked) {
+    for (const column of columns) await run(column, salt, mine.signal);
+  } else {
+    await Promise.all(columns.map(column => run(column, salt, mine.signal)));
+  }
   if (running === mine) $('stop').disabled = true;
 }
 
@@ -155,7 +159,7 @@ for (const [name, text] of Object.entries(EXAMPLES)) {
 // ---- What an answer cost ---------------------------------------------------------------------------------------------------
 
 function show(column, { c2c, usage, finish }) {
-  const t = column.timings = c2c.timings_ms ?? {};
+  const t = c2c.timings_ms ?? {};
   let before = 0;
   const parts = PHASES.map(([kind, name, of]) => {
     const time = Math.max(0, of(t, before) || 0);
@@ -181,8 +185,9 @@ function show(column, { c2c, usage, finish }) {
     ...parts.flatMap(part => [h('dt', { class: part.kind }, h('span', {}, part.name)), h('dd', {}, ms(part.time))]),
     h('dt', { class: 'sum' }, h('span', {}, 'total')), h('dd', { class: 'sum' }, ms(t.total ?? before))));
   column.costs.append(h('p', { class: 'small' }, plural(tokens, 'token') + rate + (finish === 'length' ? ' · cut at the limit' : '')));
-  const longest = Math.max(...columns.map(other => other.timings?.total ?? 0));
-  for (const other of columns) if (other.timings) other.bar.style.width = `${100 * other.timings.total / longest}%`;
+  column.spent = before;
+  const longest = Math.max(...columns.map(other => other.spent));
+  for (const other of columns) if (other.spent) other.bar.style.width = `${100 * other.spent / longest}%`;
   if (c2c.sharer_text) {
     column.costs.append(h('details', {}, h('summary', {}, 'What the Sharer wrote'), h('blockquote', {}, c2c.sharer_text)));
   }
