@@ -143,12 +143,12 @@ def lm_eval_client(server):
 
 def schemathesis_client(server):
     command = [
-        ENVIRONMENT / "bin" / "schemathesis", "run", f"{server.url}/openapi.json", "--max-examples", "25",
+        ENVIRONMENT / "bin" / "schemathesis", "run", f"{server.url}/openapi.json", "--max-examples", "10",
         "--workers", "2", "--request-timeout", "20", "--seed", "1", "--generation-database", "none",
         # A field that is not listed is ignored, not refused; JSON in other types than asked is refused.
         "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
     ]
-    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    found = subprocess.run(command, cwd=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print("schemathesis:", *found.stdout.strip().splitlines()[-3:], sep="\n")
     if found.returncode != 0:
         print(found.stdout)
