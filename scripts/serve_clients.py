@@ -83,7 +83,8 @@ def openai_client(server):
             )
             chunks = list(stream)
             assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
-            assert chunks[-1].usage == whole.usage and chunks[-1].c2c["mode"] == mode
+            # How much of the prompt was cached may differ, and does.
+            assert chunks[-1].usage.total_tokens == whole.usage.total_tokens and chunks[-1].c2c["mode"] == mode
             right[mode] += re.search(r"\b([A-D])\b", text + " A" * (text == "")).group(1) == "ABCD"[answer]
     print(f"openai: right of {len(asked)}:", right)
     assert right["c2c"] > right["receiver"] and right["sharer"] >= 10, "the modes do not differ as they should"
@@ -142,12 +143,12 @@ def lm_eval_client(server):
 
 def schemathesis_client(server):
     command = [
-        ENVIRONMENT / "bin" / "schemathesis", "run", f"{server.url}/openapi.json", "--max-examples", "25",
+        ENVIRONMENT / "bin" / "schemathesis", "run", f"{server.url}/openapi.json", "--max-examples", "10",
         "--workers", "2", "--request-timeout", "20", "--seed", "1", "--generation-database", "none",
         # A field that is not listed is ignored, not refused; JSON in other types than asked is refused.
         "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
     ]
-    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    found = subprocess.run(command, cwd=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print("schemathesis:", *found.stdout.strip().splitlines()[-3:], sep="\n")
     if found.returncode != 0:
         print(found.stdout)
