@@ -347,7 +347,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_scored_is_listed() {
-        let eleven = format!("[{}]", vec!["\"x\""; 11].join(","));
+        let eleven = format!("[{}]", ["\"x\""; 11].join(","));
         let rows = format!(
             "{{\"question\": \"a?\", \"choices\": [\"x\", \"y\"], \"answer_index\": 1}}\n\
              {{\"question\": \"b?\", \"choices\": [\"x\", \"y\"], \"answer_index\": 5}}\n\
