@@ -71,7 +71,7 @@ impl fmt::Display for Launch {
 #[cfg(test)]
 mod tests {
     use super::super::{
-        adamw, attention, attention_backward, cross_entropy, embed, fuse, fuse_training, glu,
+        adamw, attention, attention_backward, cross_entropy, dropout, embed, fuse, fuse_training, glu,
         linear_backward, linear_decode, module::MODULES, norm_backward, pages, pointwise, rope,
         rope_backward, sample, sums,
     };
@@ -94,6 +94,7 @@ mod tests {
             ("attention_", size_of::<attention::AttentionArgs>()),
             ("copy_slots_", size_of::<pages::CopySlotsArgs>()),
             ("cross_entropy", size_of::<cross_entropy::CrossEntropyArgs>()),
+            ("dropout", size_of::<dropout::DropoutArgs>()),
             ("embed_backward", size_of::<embed::EmbedBackwardArgs>()),
             ("embed_", size_of::<embed::EmbedArgs>()),
             ("fuse_training_", size_of::<fuse_training::FuseTrainingArgs>()),
