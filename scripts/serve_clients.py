@@ -19,7 +19,7 @@ import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / "target" / "clients"
-PACKAGES = ["openai>=2", "lm_eval[api]>=0.4.9", "transformers>=4.50", "schemathesis>=4"]
+PACKAGES = ["openai==3.57.0", "lm_eval[api]==0.4.13", "transformers==5.24.0", "schemathesis==4.32.5"]
 PAIR = ROOT / "assets" / "pair"
 QUESTIONS = 40
 
