@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The page in a real browser: installs what is missing (Chromium from Debian, playwright-core from npm), builds serve-local and runs
-# tests/browser. Screenshots go to target/screenshots. Arguments go to cargo build, such as --release.
+# The page in a real browser: installs what is missing (Chromium from Debian, playwright-core from npm), builds serve-local (or takes the one
+# that C2C_SERVE names) and runs tests/browser. Screenshots go to target/screenshots. Arguments go to cargo build, such as --release.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,10 +18,12 @@ if [ ! -d tests/browser/node_modules/playwright-core ]; then
     PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci --prefix tests/browser --no-audit --no-fund
 fi
 
-profile=debug
-for argument in "$@"; do
-    if [ "$argument" = --release ]; then profile=release; fi
-done
-cargo build --bin serve-local "$@"
-export C2C_SERVE="${C2C_SERVE:-${CARGO_TARGET_DIR:-target}/$profile/serve-local}"
+if [ -z "${C2C_SERVE:-}" ]; then
+    profile=debug
+    for argument in "$@"; do
+        if [ "$argument" = --release ]; then profile=release; fi
+    done
+    cargo build --bin serve-local "$@"
+    export C2C_SERVE="${CARGO_TARGET_DIR:-target}/$profile/serve-local"
+fi
 node --test tests/browser/page.test.mjs

@@ -26,8 +26,8 @@ RUST_BACKTRACE=0 step cargo test --benches
 softcuda="['env', 'LD_PRELOAD=$PWD/target/debug/deps/libsoftcuda.so']"
 RUST_BACKTRACE=0 C2C_BENCH_DEVICE=cuda step cargo test --benches --config "target.'cfg(unix)'.runner=$softcuda"
 step cargo check --features nccl
-# The server as other people's programs see it.
-step cargo build --bin serve-local
+# The server as other people's programs see it: the one that the tests above were built with.
+export C2C_SERVE=$PWD/target/debug/serve-local
 step scripts/serve_clients.py
 step scripts/browser.sh
 step scripts/readme.sh
