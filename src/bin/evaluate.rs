@@ -10,6 +10,7 @@ use c2c::{
         report,
     },
     fuser::{FusionMode, GateOverride},
+    hub,
     pipeline::{ComputeType, FuserChoice, Overlap, SessionOptions},
 };
 use clap::{Parser, Subcommand};
@@ -41,7 +42,7 @@ struct Args {
     #[command(subcommand)]
     command: Option<Command>,
 
-    /// The model that answers: a folder or a .gguf file
+    /// The model that answers: a folder, a .gguf file or hf:org/name
     #[arg(long, value_name = "PATH", help_heading = "Models")]
     receiver: Option<PathBuf>,
     /// A model that shares its cache; may be given several times
@@ -218,7 +219,11 @@ fn options(args: &Args) -> Result<Options, Box<dyn Error>> {
             vec![builtin::path("sharer")],
             vec![FuserChoice::Load(builtin::path("fuser"))],
         ),
-        false => (args.receiver.clone(), args.sharer.clone(), args.fuser.clone()),
+        false => (
+            args.receiver.as_deref().map(hub::local).transpose()?,
+            args.sharer.iter().map(|path| hub::local(path)).collect::<Result<_, _>>()?,
+            args.fuser.iter().map(FuserChoice::local).collect::<Result<_, _>>()?,
+        ),
     };
     let name =
         args.preset.clone().unwrap_or_else(|| if own { "builtin".into() } else { "evaluation".into() });
@@ -227,8 +232,8 @@ fn options(args: &Args) -> Result<Options, Box<dyn Error>> {
         (None, true) => "The built-in pair".into(),
         (None, false) => {
             let stem = |path: &PathBuf| path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            let from: Vec<String> = sharers.iter().map(stem).collect();
-            format!("{} ← {}", receiver.as_ref().map(stem).unwrap_or_default(), from.join(", "))
+            let from: Vec<String> = args.sharer.iter().map(stem).collect();
+            format!("{} ← {}", args.receiver.as_ref().map(stem).unwrap_or_default(), from.join(", "))
         }
     };
     Ok(Options {
@@ -252,7 +257,7 @@ fn options(args: &Args) -> Result<Options, Box<dyn Error>> {
             threads: args.threads,
             overlap: Overlap::Layers,
         },
-        identical_fuser: args.identical_fuser.clone(),
+        identical_fuser: args.identical_fuser.as_ref().map(FuserChoice::local).transpose()?,
         method: args.method,
         prompt: args.prompt.clone().map(PromptTemplate::from),
         chain_of_thought: args.cot,
