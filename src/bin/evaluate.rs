@@ -3,15 +3,13 @@
 use c2c::{
     align::{Alignment, LayerMapping},
     backend::DeviceChoice,
-    builtin,
     eval::{
         self, Method, Mode, Options, Places, PromptTemplate, Task, Watcher,
         preset::{self, Preset},
         report,
     },
     fuser::{FusionMode, GateOverride},
-    hub,
-    pipeline::{ComputeType, FuserChoice, Overlap, SessionOptions},
+    pipeline::{ComputeType, FuserChoice, NamedModels, Overlap, SessionOptions},
 };
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -42,15 +40,8 @@ struct Args {
     #[command(subcommand)]
     command: Option<Command>,
 
-    /// The model that answers: a folder, a .gguf file or hf:org/name
-    #[arg(long, value_name = "PATH", help_heading = "Models")]
-    receiver: Option<PathBuf>,
-    /// A model that shares its cache; may be given several times
-    #[arg(long, value_name = "PATH", help_heading = "Models")]
-    sharer: Vec<PathBuf>,
-    /// A trained fuser (folder), once for each sharer; or init[:SEED], an untrained one whose gates are closed
-    #[arg(long, value_name = "PATH|init[:SEED]", help_heading = "Models")]
-    fuser: Vec<FuserChoice>,
+    #[command(flatten)]
+    models: NamedModels,
     /// For mode identical: a fuser from the receiver to itself
     #[arg(long, value_name = "PATH|init[:SEED]", help_heading = "Models")]
     identical_fuser: Option<FuserChoice>,
@@ -198,7 +189,7 @@ impl Watcher for Screen {
 const MODES: &str = "receiver,sharer,router,t2t,t2t-brief,c2c,controls";
 
 fn options(args: &Args) -> Result<Options, Box<dyn Error>> {
-    let own = args.receiver.is_none() && args.sharer.is_empty() && args.fuser.is_empty();
+    let own = args.models.are_builtin();
     let preset = args.preset.as_deref().map(Preset::find).transpose()?;
     let mut tasks = match (&args.tasks, &preset) {
         (Some(names), _) => Task::list(names)?,
@@ -213,18 +204,7 @@ fn options(args: &Args) -> Result<Options, Box<dyn Error>> {
         (None, Some(preset)) => preset.modes()?,
         (None, None) => Mode::list(MODES)?,
     };
-    let (receiver, sharers, fusers) = match own {
-        true => (
-            Some(builtin::path("receiver")),
-            vec![builtin::path("sharer")],
-            vec![FuserChoice::Load(builtin::path("fuser"))],
-        ),
-        false => (
-            args.receiver.as_deref().map(hub::local).transpose()?,
-            args.sharer.iter().map(|path| hub::local(path)).collect::<Result<_, _>>()?,
-            args.fuser.iter().map(FuserChoice::local).collect::<Result<_, _>>()?,
-        ),
-    };
+    let NamedModels { receiver, sharer: sharers, fuser: fusers } = args.models.local()?;
     let name =
         args.preset.clone().unwrap_or_else(|| if own { "builtin".into() } else { "evaluation".into() });
     let title = match (&preset, own) {
@@ -232,8 +212,8 @@ fn options(args: &Args) -> Result<Options, Box<dyn Error>> {
         (None, true) => "The built-in pair".into(),
         (None, false) => {
             let stem = |path: &PathBuf| path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            let from: Vec<String> = args.sharer.iter().map(stem).collect();
-            format!("{} ← {}", args.receiver.as_ref().map(stem).unwrap_or_default(), from.join(", "))
+            let from: Vec<String> = args.models.sharer.iter().map(stem).collect();
+            format!("{} ← {}", args.models.receiver.as_ref().map(stem).unwrap_or_default(), from.join(", "))
         }
     };
     Ok(Options {

@@ -3,22 +3,16 @@
 use c2c::{
     align::{Alignment, Fraction, LayerMapping},
     backend::DeviceChoice,
-    builtin,
     engine::{Rules, SamplingParams},
     fuser::{FusionMode, GateOverride},
     hub,
-    pipeline::{self, Answer, ComputeType, FuserChoice, Mode, Overlap, Question, Session, SessionOptions},
+    pipeline::{
+        self, Answer, ComputeType, LoadingBar, Mode, NamedModels, Overlap, Question, Session, SessionOptions,
+    },
     tokenizer::{Message, TemplateOptions},
 };
 use clap::{ArgGroup, Parser};
-use indicatif::{ProgressBar, ProgressStyle};
-use std::{
-    error::Error,
-    io::{IsTerminal, Write},
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Mutex,
-};
+use std::{error::Error, io::Write, path::PathBuf, process::ExitCode};
 
 /// Ask a pair of language models that communicate through their KV-caches.
 ///
@@ -32,15 +26,8 @@ use std::{
 #[derive(Parser)]
 #[command(version, verbatim_doc_comment, group = ArgGroup::new("question").required(true))]
 struct Args {
-    /// The model that answers: a folder, a .gguf file or hf:org/name
-    #[arg(long, value_name = "PATH", help_heading = "Models")]
-    receiver: Option<PathBuf>,
-    /// A model that shares its cache; may be given several times
-    #[arg(long, value_name = "PATH", help_heading = "Models")]
-    sharer: Vec<PathBuf>,
-    /// A trained fuser (folder), once for each sharer; or init[:SEED], an untrained one whose gates are closed
-    #[arg(long, value_name = "PATH|init[:SEED]", help_heading = "Models")]
-    fuser: Vec<FuserChoice>,
+    #[command(flatten)]
+    models: NamedModels,
     /// Who answers
     #[arg(long, value_enum, default_value = "c2c", help_heading = "Models")]
     mode: Mode,
@@ -213,13 +200,11 @@ fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let least = usize::from(args.input.is_some());
     SamplingParams { max_new_tokens: params.max_new_tokens.max(least), ..params.clone() }.validate()?;
     let question = question(&args)?;
-    let bar = Mutex::new(None);
-    let mut session = Session::open(options(&args)?, &|path, done, total| progress(&bar, path, done, total))?;
+    let bar = LoadingBar::default();
+    let mut session = Session::open(options(&args)?, &|path, done, total| bar.show(path, done, total))?;
+    drop(bar);
     if args.include_response {
         session = session.including_response()?;
-    }
-    if let Some(bar) = bar.into_inner().ok().flatten() {
-        ProgressBar::finish_and_clear(&bar);
     }
     let Some(question) = question else {
         return replay(&args, &session, &params);
@@ -264,12 +249,12 @@ fn replay(args: &Args, session: &Session, params: &SamplingParams) -> Result<(),
 }
 
 fn options(args: &Args) -> Result<SessionOptions, hub::Error> {
-    let none_named = args.receiver.is_none() && args.sharer.is_empty() && args.fuser.is_empty();
-    let given = SessionOptions {
+    let NamedModels { receiver, sharer, fuser } = args.models.local()?;
+    Ok(SessionOptions {
         mode: args.mode,
-        receiver: args.receiver.as_deref().map(hub::local).transpose()?,
-        sharers: args.sharer.iter().map(|path| hub::local(path)).collect::<Result<_, _>>()?,
-        fusers: args.fuser.iter().map(FuserChoice::local).collect::<Result<_, _>>()?,
+        receiver,
+        sharers: sharer,
+        fusers: fuser,
         multi_sharer: args.multi_sharer,
         alignment: args.alignment,
         mapping: args.mapping,
@@ -279,15 +264,6 @@ fn options(args: &Args) -> Result<SessionOptions, hub::Error> {
         device: args.device,
         threads: args.threads,
         overlap: args.overlap,
-    };
-    if !none_named {
-        return Ok(given);
-    }
-    Ok(SessionOptions {
-        receiver: Some(builtin::path("receiver")),
-        sharers: vec![builtin::path("sharer")],
-        fusers: vec![FuserChoice::Load(builtin::path("fuser"))],
-        ..given
     })
 }
 
@@ -341,21 +317,6 @@ fn question(args: &Args) -> Result<Option<Question>, Box<dyn Error>> {
     let system = args.system.iter().map(|text| Message::new("system", text));
     let messages = system.chain([Message::new("user", prompt)]).collect();
     Ok(Some(Question::Chat { messages, template }))
-}
-
-/// A bar a model, on a terminal.
-fn progress(bar: &Mutex<Option<ProgressBar>>, path: &Path, done: u64, total: u64) {
-    if !std::io::stderr().is_terminal() {
-        return;
-    }
-    let Ok(mut bar) = bar.lock() else { return };
-    let bar = bar.get_or_insert_with(|| {
-        let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes}");
-        ProgressBar::new(total).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-    });
-    bar.set_length(total);
-    bar.set_message(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
-    bar.set_position(done);
 }
 
 fn timing_line(answer: &Answer) -> String {

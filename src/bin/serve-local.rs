@@ -4,24 +4,13 @@ use axum::http::HeaderValue;
 use c2c::{
     align::{Alignment, Fraction, LayerMapping},
     backend::DeviceChoice,
-    builtin,
     engine::{Engine, EngineOptions},
     fuser::{FusionMode, GateOverride},
-    hub,
-    pipeline::{ComputeType, FuserChoice, Mode, Overlap, Session, SessionOptions},
+    pipeline::{ComputeType, FuserChoice, LoadingBar, Mode, NamedModels, Overlap, Session, SessionOptions},
     serve::{self, Limits, Server, doctor},
 };
 use clap::{Parser, Subcommand};
-use indicatif::{ProgressBar, ProgressStyle};
-use std::{
-    error::Error,
-    io::{IsTerminal, Write},
-    net::IpAddr,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{error::Error, io::Write, net::IpAddr, process::ExitCode, sync::Arc, time::Duration};
 use tokio::{
     net::TcpListener,
     runtime::Runtime,
@@ -54,15 +43,8 @@ enum Command {
 
 #[derive(clap::Args)]
 struct PairArgs {
-    /// The model that answers: a folder, a .gguf file or hf:org/name
-    #[arg(long, value_name = "PATH", help_heading = "Models")]
-    receiver: Option<PathBuf>,
-    /// A model that shares its cache; may be given several times
-    #[arg(long, value_name = "PATH", help_heading = "Models")]
-    sharer: Vec<PathBuf>,
-    /// A trained fuser (folder), once for each sharer; or init[:SEED], an untrained one whose gates are closed
-    #[arg(long, value_name = "PATH|init[:SEED]", help_heading = "Models")]
-    fuser: Vec<FuserChoice>,
+    #[command(flatten)]
+    models: NamedModels,
     /// How sharer tokens are found for receiver tokens, unless a request says: span, first, longest or none
     #[arg(long, default_value_t, help_heading = "Fusing")]
     alignment: Alignment,
@@ -147,30 +129,8 @@ fn main() -> ExitCode {
     })
 }
 
-/// What was named, or the built-in pair.
-struct Named {
-    receiver: Option<PathBuf>,
-    sharers: Vec<PathBuf>,
-    fusers: Vec<FuserChoice>,
-}
-
-fn named(pair: &PairArgs) -> Result<Named, hub::Error> {
-    if pair.receiver.is_none() && pair.sharer.is_empty() && pair.fuser.is_empty() {
-        return Ok(Named {
-            receiver: Some(builtin::path("receiver")),
-            sharers: vec![builtin::path("sharer")],
-            fusers: vec![FuserChoice::Load(builtin::path("fuser"))],
-        });
-    }
-    Ok(Named {
-        receiver: pair.receiver.as_deref().map(hub::local).transpose()?,
-        sharers: pair.sharer.iter().map(|path| hub::local(path)).collect::<Result<_, _>>()?,
-        fusers: pair.fuser.iter().map(FuserChoice::local).collect::<Result<_, _>>()?,
-    })
-}
-
 fn examine(pair: &PairArgs) -> Result<ExitCode, Box<dyn Error>> {
-    let Named { receiver, sharers, fusers } = named(pair)?;
+    let NamedModels { receiver, sharer: sharers, fuser: fusers } = pair.models.local()?;
     let (Some(receiver), [sharer]) = (&receiver, sharers.as_slice()) else {
         return Err("the doctor looks at one --receiver and one --sharer".into());
     };
@@ -188,7 +148,7 @@ fn examine(pair: &PairArgs) -> Result<ExitCode, Box<dyn Error>> {
 }
 
 fn options(args: &Args) -> Result<SessionOptions, Box<dyn Error>> {
-    let Named { receiver, sharers, fusers } = named(&args.pair)?;
+    let NamedModels { receiver, sharer: sharers, fuser: fusers } = args.pair.models.local()?;
     // Whatever of the pair is there can be asked for.
     let mode = match (&receiver, sharers.len(), fusers.len()) {
         (None, 1.., 0) => Mode::Sharer,
@@ -236,11 +196,9 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     println!("http://{}", listener.local_addr()?);
     std::io::stdout().flush()?;
     let serving = runtime.spawn(serve::run(listener, server.clone(), flags.cors.clone(), stopped()));
-    let bar = Mutex::new(None);
-    let session = Session::open(options(args)?, &|path, done, total| progress(&bar, path, done, total))?;
-    if let Some(bar) = bar.into_inner().ok().flatten() {
-        ProgressBar::finish_and_clear(&bar);
-    }
+    let bar = LoadingBar::default();
+    let session = Session::open(options(args)?, &|path, done, total| bar.show(path, done, total))?;
+    drop(bar);
     let engine = EngineOptions {
         kv_blocks: flags.kv_blocks,
         sequences: flags.batch,
@@ -273,19 +231,4 @@ async fn stopped() {
             std::process::exit(130);
         }
     });
-}
-
-/// A bar a model, on a terminal.
-fn progress(bar: &Mutex<Option<ProgressBar>>, path: &Path, done: u64, total: u64) {
-    if !std::io::stderr().is_terminal() {
-        return;
-    }
-    let Ok(mut bar) = bar.lock() else { return };
-    let bar = bar.get_or_insert_with(|| {
-        let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes}");
-        ProgressBar::new(total).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-    });
-    bar.set_length(total);
-    bar.set_message(path.file_name().unwrap_or_default().to_string_lossy().into_owned());
-    bar.set_position(done);
 }

@@ -102,8 +102,10 @@ mod with_library {
 
     impl Drop for Nccl {
         fn drop(&mut self) {
-            // SAFETY: the communicator is not used afterwards. A failure at the end changes nothing.
-            unsafe { result::comm_destroy(self.comm) }.ok();
+            // SAFETY: the communicator is not used afterwards.
+            if let Err(error) = unsafe { result::comm_destroy(self.comm) } {
+                log::warn!("{}: NCCL's communicator could not be ended: {:?}", self.device, error.0);
+            }
         }
     }
 }
