@@ -36,6 +36,8 @@ pub mod eval;
 
 pub mod serve;
 
+pub mod command;
+
 pub mod rng;
 
 pub mod durable;

@@ -1,15 +1,13 @@
 //! `evaluate`: questions, modes, controls, costs. Parses, calls the library, prints.
 
 use c2c::{
-    align::{Alignment, LayerMapping},
-    backend::DeviceChoice,
+    command::{self, FusingFlags, MachineFlags, NamedModels},
     eval::{
         self, Method, Mode, Options, Places, PromptTemplate, Task, Watcher,
         preset::{self, Preset},
         report,
     },
-    fuser::{FusionMode, GateOverride},
-    pipeline::{ComputeType, FuserChoice, NamedModels, Overlap, SessionOptions},
+    pipeline::{FuserChoice, Overlap, SessionOptions},
 };
 use clap::{Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -90,18 +88,8 @@ struct Args {
     #[arg(long, default_value_t = 0, help_heading = "Answers")]
     seed: u64,
 
-    /// How sharer tokens are found for receiver tokens: span, first, longest or none
-    #[arg(long, default_value_t, help_heading = "Fusing")]
-    alignment: Alignment,
-    /// Which sharer layer feeds which receiver layer, for --fuser init: last_aligned, k_nearest, depth_normalized
-    #[arg(long, default_value_t = LayerMapping::LAST_ALIGNED, help_heading = "Fusing")]
-    mapping: LayerMapping,
-    /// learned, open, closed, a list of open layers such as 0-3,7, or a JSON file
-    #[arg(long, default_value = "learned", value_name = "GATES", help_heading = "Fusing")]
-    gates: GateOverride,
-    /// Several sharers: each adds to the plain cache (parallel) or to what the one before made of it (sequential)
-    #[arg(long, default_value_t, value_name = "parallel|sequential", help_heading = "Fusing")]
-    multi_sharer: FusionMode,
+    #[command(flatten)]
+    fusing: FusingFlags,
 
     /// A named evaluation of the paper; other arguments go before it (see --list)
     #[arg(long, value_name = "NAME", help_heading = "Run")]
@@ -116,15 +104,8 @@ struct Args {
     #[arg(long, help_heading = "Run")]
     list: bool,
 
-    /// Caches and arithmetic: f32 (exact) or bf16 (fast)
-    #[arg(long, value_enum, default_value = "bf16", help_heading = "Machine")]
-    dtype: ComputeType,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", help_heading = "Machine")]
-    device: DeviceChoice,
-    /// CPU threads; 0 = all cores
-    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Machine")]
-    threads: usize,
+    #[command(flatten)]
+    machine: MachineFlags,
 }
 
 #[derive(Subcommand)]
@@ -227,14 +208,14 @@ fn options(args: &Args) -> Result<Options, Box<dyn Error>> {
             receiver,
             sharers,
             fusers,
-            multi_sharer: args.multi_sharer,
-            alignment: args.alignment,
-            mapping: args.mapping,
-            gates: args.gates.clone(),
+            multi_sharer: args.fusing.multi_sharer,
+            alignment: args.fusing.alignment,
+            mapping: args.fusing.mapping,
+            gates: args.fusing.gates.clone(),
             fraction: None,
-            dtype: args.dtype,
-            device: args.device,
-            threads: args.threads,
+            dtype: args.machine.dtype,
+            device: args.machine.device,
+            threads: args.machine.threads,
             overlap: Overlap::Layers,
         },
         identical_fuser: args.identical_fuser.as_ref().map(FuserChoice::local).transpose()?,
@@ -305,19 +286,6 @@ fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
     match start(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let mut said = error.to_string();
-            eprintln!("error: {said}");
-            let mut source = error.source();
-            // What a transparent error repeats is not said again.
-            while let Some(cause) = source {
-                if cause.to_string() != said {
-                    said = cause.to_string();
-                    eprintln!("  {said}");
-                }
-                source = cause.source();
-            }
-            ExitCode::FAILURE
-        }
+        Err(error) => command::failure(error.as_ref()),
     }
 }

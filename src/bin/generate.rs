@@ -1,14 +1,11 @@
 //! `generate`: two models, one fused cache, an answer. Parses, calls the library, prints.
 
 use c2c::{
-    align::{Alignment, Fraction, LayerMapping},
-    backend::DeviceChoice,
+    align::Fraction,
+    command::{self, FusingFlags, LoadingBar, MachineFlags, NamedModels},
     engine::{Rules, SamplingParams},
-    fuser::{FusionMode, GateOverride},
     hub,
-    pipeline::{
-        self, Answer, ComputeType, LoadingBar, Mode, NamedModels, Overlap, Question, Session, SessionOptions,
-    },
+    pipeline::{self, Answer, Mode, Overlap, Question, Session, SessionOptions},
     tokenizer::{Message, TemplateOptions},
 };
 use clap::{ArgGroup, Parser};
@@ -51,24 +48,14 @@ struct Args {
     #[arg(long, help_heading = "Question")]
     thinking: bool,
 
-    /// How sharer tokens are found for receiver tokens: span, first, longest or none
-    #[arg(long, default_value_t, help_heading = "Fusing")]
-    alignment: Alignment,
-    /// Which sharer layer feeds which receiver layer, for --fuser init: last_aligned, k_nearest, depth_normalized
-    #[arg(long, default_value_t = LayerMapping::LAST_ALIGNED, help_heading = "Fusing")]
-    mapping: LayerMapping,
-    /// learned, open, closed, a list of open layers such as 0-3,7, or a JSON file
-    #[arg(long, default_value = "learned", value_name = "GATES", help_heading = "Fusing")]
-    gates: GateOverride,
+    #[command(flatten)]
+    fusing: FusingFlags,
     /// Fuse only this part of the prompt: 0.5, front:0.5 or back:0.5
     #[arg(long, value_name = "F", help_heading = "Fusing")]
     fraction: Option<Fraction>,
     /// Fuse the answer's own tokens too: three passes a token, sharers that have the receiver's tokenizer
     #[arg(long, help_heading = "Fusing")]
     include_response: bool,
-    /// Several sharers: each adds to the plain cache (parallel) or to what the one before made of it (sequential)
-    #[arg(long, default_value_t, value_name = "parallel|sequential", help_heading = "Fusing")]
-    multi_sharer: FusionMode,
 
     /// Most tokens of the answer
     #[arg(long, default_value_t = 256, value_name = "N", help_heading = "Answer")]
@@ -149,15 +136,8 @@ struct Args {
     #[arg(long, value_name = "N", help_heading = "Answer")]
     logprobs: Option<usize>,
 
-    /// Caches and arithmetic: f32 (exact) or bf16 (fast)
-    #[arg(long, value_enum, default_value = "bf16", help_heading = "Machine")]
-    dtype: ComputeType,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", help_heading = "Machine")]
-    device: DeviceChoice,
-    /// CPU threads; 0 = all cores
-    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Machine")]
-    threads: usize,
+    #[command(flatten)]
+    machine: MachineFlags,
     /// Run prefills and fuser one after the other (off) or layer by layer (layers); same result
     #[arg(long, value_enum, default_value = "layers", help_heading = "Machine")]
     overlap: Overlap,
@@ -176,21 +156,7 @@ fn main() -> ExitCode {
         .init();
     match run(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let mut said = error.to_string();
-            eprintln!("error: {said}");
-            let mut source = error.source();
-            while let Some(cause) = source {
-                // Many errors tell their cause themselves.
-                let cause_text = cause.to_string();
-                if !said.contains(&cause_text) {
-                    eprintln!("  because: {cause_text}");
-                    said = cause_text;
-                }
-                source = cause.source();
-            }
-            ExitCode::FAILURE
-        }
+        Err(error) => command::failure(error.as_ref()),
     }
 }
 
@@ -255,14 +221,14 @@ fn options(args: &Args) -> Result<SessionOptions, hub::Error> {
         receiver,
         sharers: sharer,
         fusers: fuser,
-        multi_sharer: args.multi_sharer,
-        alignment: args.alignment,
-        mapping: args.mapping,
-        gates: args.gates.clone(),
+        multi_sharer: args.fusing.multi_sharer,
+        alignment: args.fusing.alignment,
+        mapping: args.fusing.mapping,
+        gates: args.fusing.gates.clone(),
         fraction: args.fraction,
-        dtype: args.dtype,
-        device: args.device,
-        threads: args.threads,
+        dtype: args.machine.dtype,
+        device: args.machine.device,
+        threads: args.machine.threads,
         overlap: args.overlap,
     })
 }

@@ -3,10 +3,10 @@
 use axum::http::HeaderValue;
 use c2c::{
     align::{Alignment, Fraction, LayerMapping},
-    backend::DeviceChoice,
+    command::{self, LoadingBar, MachineFlags, NamedModels},
     engine::{Engine, EngineOptions},
     fuser::{FusionMode, GateOverride},
-    pipeline::{ComputeType, FuserChoice, LoadingBar, Mode, NamedModels, Overlap, Session, SessionOptions},
+    pipeline::{FuserChoice, Mode, Overlap, Session, SessionOptions},
     serve::{self, Limits, Server, doctor},
 };
 use clap::{Parser, Subcommand};
@@ -100,15 +100,8 @@ struct ServerArgs {
     #[arg(long, value_name = "N", help_heading = "Limits")]
     kv_blocks: Option<usize>,
 
-    /// Caches and arithmetic: f32 (exact) or bf16 (fast)
-    #[arg(long, value_enum, default_value = "bf16", help_heading = "Machine")]
-    dtype: ComputeType,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", help_heading = "Machine")]
-    device: DeviceChoice,
-    /// CPU threads; 0 = all cores
-    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Machine")]
-    threads: usize,
+    #[command(flatten)]
+    machine: MachineFlags,
     /// Run prefills and fuser one after the other (off) or layer by layer (layers); same result
     #[arg(long, value_enum, default_value = "layers", help_heading = "Machine")]
     overlap: Overlap,
@@ -123,10 +116,7 @@ fn main() -> ExitCode {
         Some(Command::Doctor(pair)) => examine(pair),
         None => run(&args).map(|()| ExitCode::SUCCESS),
     };
-    done.unwrap_or_else(|error| {
-        eprintln!("error: {error}");
-        ExitCode::FAILURE
-    })
+    done.unwrap_or_else(|error| command::failure(error.as_ref()))
 }
 
 fn examine(pair: &PairArgs) -> Result<ExitCode, Box<dyn Error>> {
@@ -167,9 +157,9 @@ fn options(args: &Args) -> Result<SessionOptions, Box<dyn Error>> {
         mapping: server.mapping,
         gates: pair.gates.clone(),
         fraction: server.fraction,
-        dtype: server.dtype,
-        device: server.device,
-        threads: server.threads,
+        dtype: server.machine.dtype,
+        device: server.machine.device,
+        threads: server.machine.threads,
         overlap: server.overlap,
     })
 }

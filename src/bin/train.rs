@@ -2,6 +2,7 @@
 
 use c2c::{
     backend::DeviceChoice,
+    command,
     train::{
         ConfigLayers, Update,
         config::preset_names,
@@ -192,9 +193,6 @@ fn main() -> ExitCode {
     }
     match start(args) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => command::failure(error.as_ref()),
     }
 }

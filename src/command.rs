@@ -1,11 +1,19 @@
-//! Models as a command line names them, and the bar that shows them load.
+//! What the programs have in common: flags, the bar that shows models load, how errors are told.
 
-use super::FuserChoice;
-use crate::{builtin, hub};
+use crate::{
+    align::{Alignment, LayerMapping},
+    backend::DeviceChoice,
+    builtin,
+    fuser::{FusionMode, GateOverride},
+    hub,
+    pipeline::{ComputeType, FuserChoice},
+};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{
+    error::Error,
     io::{self, IsTerminal},
     path::{Path, PathBuf},
+    process::ExitCode,
     sync::Mutex,
 };
 
@@ -46,6 +54,37 @@ impl NamedModels {
     }
 }
 
+/// How caches are fused.
+#[derive(Clone, Debug, clap::Args)]
+pub struct FusingFlags {
+    /// How sharer tokens are found for receiver tokens: span, first, longest or none
+    #[arg(long, default_value_t, help_heading = "Fusing")]
+    pub alignment: Alignment,
+    /// Which sharer layer feeds which receiver layer, for --fuser init: last_aligned, k_nearest, depth_normalized
+    #[arg(long, default_value_t = LayerMapping::LAST_ALIGNED, help_heading = "Fusing")]
+    pub mapping: LayerMapping,
+    /// learned, open, closed, a list of open layers such as 0-3,7, or a JSON file
+    #[arg(long, default_value = "learned", value_name = "GATES", help_heading = "Fusing")]
+    pub gates: GateOverride,
+    /// Several sharers: each adds to the plain cache (parallel) or to what the one before made of it (sequential)
+    #[arg(long, default_value_t, value_name = "parallel|sequential", help_heading = "Fusing")]
+    pub multi_sharer: FusionMode,
+}
+
+/// What computes, and how exactly.
+#[derive(Clone, Debug, clap::Args)]
+pub struct MachineFlags {
+    /// Caches and arithmetic: f32 (exact) or bf16 (fast)
+    #[arg(long, value_enum, default_value = "bf16", help_heading = "Machine")]
+    pub dtype: ComputeType,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", help_heading = "Machine")]
+    pub device: DeviceChoice,
+    /// CPU threads; 0 = all cores
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Machine")]
+    pub threads: usize,
+}
+
 /// A bar a model, on a terminal; gone when dropped.
 #[derive(Default)]
 pub struct LoadingBar(Mutex<Option<ProgressBar>>);
@@ -73,4 +112,21 @@ impl Drop for LoadingBar {
             bar.finish_and_clear();
         }
     }
+}
+
+/// Tells the error with its causes on standard error, for a program to end with.
+pub fn failure(error: &dyn Error) -> ExitCode {
+    let mut said = error.to_string();
+    eprintln!("error: {said}");
+    let mut source = error.source();
+    while let Some(cause) = source {
+        // Many errors tell their cause themselves.
+        let cause_text = cause.to_string();
+        if !said.contains(&cause_text) {
+            eprintln!("  because: {cause_text}");
+            said = cause_text;
+        }
+        source = cause.source();
+    }
+    ExitCode::FAILURE
 }
