@@ -43,17 +43,27 @@ pub(super) unsafe fn rows<const T: usize>(
     }
 }
 
+/// Groups whose factors are multiplied side by side.
+const SIDE: usize = 8;
+
+/// Factors of [`SIDE`] groups, to be spread from memory.
+#[derive(Clone, Copy)]
+#[repr(align(32))]
+struct Factors([f32; SIDE]);
+
+impl Factors {
+    const ZERO: Factors = Factors([0.0; SIDE]);
+}
+
 /// A format of 32 elements a block.
 trait Group {
     const BYTES: usize;
     /// The levels are signed bytes: no offset.
-    const SIGNED: bool = false;
-    /// The offset in units of the second factor.
-    const OFFSET: f32 = 1.0;
+    const SIGNED: bool;
     /// 32 levels.
     unsafe fn levels(block: *const u8) -> __m256i;
-    /// Scale and what the offset is a multiple of, in turn.
-    unsafe fn factors(block: *const u8) -> __m256;
+    /// Scales and offsets of `count` ≤ [`SIDE`] blocks one after the other, then zeros.
+    unsafe fn factors(blocks: *const u8, count: usize) -> [__m256; 2];
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -65,44 +75,97 @@ unsafe fn groups<G: Group, const T: usize>(
 ) {
     for row in range {
         let bytes = rows.row(row);
-        let block = bytes.as_ptr();
+        let count = bytes.len() / G::BYTES;
+        let whole = count / SIDE * SIDE;
         let mut acc = [_mm256_setzero_ps(); T];
-        let mut offsets = [_mm256_setzero_ps(); T];
-        for g in 0..bytes.len() / G::BYTES {
-            // SAFETY: `g` counts the row's blocks, of which the tokens have as many; a prefetch never faults.
-            unsafe {
-                let block = block.add(g * G::BYTES);
-                _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(PREFETCH).cast());
-                let (levels, factors) = (G::levels(block), G::factors(block));
-                for t in 0..T {
-                    let v = _mm256_loadu_si256(x[t].q.as_ptr().add(GROUP * g).cast());
-                    let product = if G::SIGNED {
-                        _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(v, levels))
-                    } else {
-                        _mm256_maddubs_epi16(levels, v)
-                    };
-                    let product = _mm256_cvtepi32_ps(_mm256_madd_epi16(product, _mm256_set1_epi16(1)));
-                    // (scale · scale of x, offset · sum of x), four times.
-                    let pair =
-                        _mm256_castpd_ps(_mm256_broadcast_sd(&*x[t].pair.as_ptr().add(g).cast::<f64>()));
-                    let pair = _mm256_mul_ps(factors, pair);
-                    acc[t] = _mm256_fmadd_ps(product, _mm256_moveldup_ps(pair), acc[t]);
-                    if !G::SIGNED {
-                        offsets[t] = _mm256_add_ps(offsets[t], pair);
-                    }
-                }
+        // SAFETY: the groups are the row's, of which the tokens have as many.
+        unsafe {
+            for g in (0..whole).step_by(SIDE) {
+                side::<G, T>(bytes.as_ptr(), g, SIDE, x, &mut acc);
+            }
+            if whole < count {
+                side::<G, T>(bytes.as_ptr(), whole, count - whole, x, &mut acc);
             }
         }
-        let mut y = [0.0; T];
-        for t in 0..T {
-            y[t] = sum(acc[t]);
-            if !G::SIGNED {
-                let odd = _mm256_castps256_ps128(offsets[t]);
-                y[t] += G::OFFSET * _mm_cvtss_f32(_mm_movehdup_ps(odd));
-            }
-        }
-        put(row, &y);
+        put(row, &acc.map(|acc| sum(acc)));
     }
+}
+
+/// Adds the products of groups `g` to `g + count`, at most [`SIDE`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn side<G: Group, const T: usize>(
+    row: *const u8,
+    g: usize,
+    count: usize,
+    x: &[Token; T],
+    acc: &mut [__m256; T],
+) {
+    let mut factors = [Factors::ZERO; T];
+    // SAFETY: the caller vouches for the groups; a prefetch never faults.
+    unsafe {
+        let blocks = row.add(g * G::BYTES);
+        for line in 0..(SIDE * G::BYTES).div_ceil(64) {
+            _mm_prefetch::<_MM_HINT_T0>(blocks.wrapping_add(PREFETCH + 64 * line).cast());
+        }
+        let [scales, offsets] = G::factors(blocks, count);
+        for t in 0..T {
+            let scale = _mm256_mul_ps(scales, some(x[t].scale.as_ptr().add(g), count));
+            _mm256_store_ps(factors[t].0.as_mut_ptr(), scale);
+            if !G::SIGNED {
+                acc[t] = _mm256_fmadd_ps(offsets, some(x[t].sum.as_ptr().add(g), count), acc[t]);
+            }
+        }
+        for i in 0..count {
+            let levels = G::levels(blocks.add(i * G::BYTES));
+            for t in 0..T {
+                let v = load(x[t].q.as_ptr().add(GROUP * (g + i)).cast());
+                let product = if G::SIGNED {
+                    _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(v, levels))
+                } else {
+                    _mm256_maddubs_epi16(levels, v)
+                };
+                let product = _mm256_cvtepi32_ps(_mm256_madd_epi16(product, _mm256_set1_epi16(1)));
+                acc[t] = _mm256_fmadd_ps(product, _mm256_broadcast_ss(&factors[t].0[i]), acc[t]);
+            }
+        }
+    }
+}
+
+/// `count` ≤ [`SIDE`] numbers, then zeros.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn some(from: *const f32, count: usize) -> __m256 {
+    // SAFETY: the caller vouches for `count` numbers; lanes that the mask leaves out are not read.
+    unsafe {
+        if count == SIDE {
+            return _mm256_loadu_ps(from);
+        }
+        let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), lanes))
+    }
+}
+
+/// The half-precision number `at` bytes into each of `count` ≤ [`SIDE`] blocks, then zeros.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn halves<const BYTES: usize>(blocks: *const u8, at: usize, count: usize) -> __m256 {
+    let half = |i: usize| match i < count {
+        // SAFETY: the caller vouches for `count` blocks.
+        true => unsafe { blocks.add(i * BYTES + at).cast::<i16>().read_unaligned() },
+        false => 0,
+    };
+    let all = _mm_setr_epi16(half(0), half(1), half(2), half(3), half(4), half(5), half(6), half(7));
+    _mm256_cvtph_ps(all)
+}
+
+/// Scales at the blocks' beginning, and offsets of minus `centre` levels.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn centred<const BYTES: usize>(blocks: *const u8, count: usize, centre: f32) -> [__m256; 2] {
+    // SAFETY: passed on.
+    let scales = unsafe { halves::<BYTES>(blocks, 0, count) };
+    [scales, _mm256_mul_ps(scales, _mm256_set1_ps(-centre))]
 }
 
 /// 16 bytes: low nibbles, then high ones.
@@ -128,82 +191,40 @@ unsafe fn fifth_bits(from: *const u8) -> __m256i {
     _mm256_and_si256(set, _mm256_set1_epi8(16))
 }
 
-/// One half-precision scale in all lanes.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn scale(from: *const u8) -> __m256 {
-    // SAFETY: the caller vouches for 2 bytes.
-    _mm256_cvtph_ps(_mm_set1_epi16(unsafe { from.cast::<i16>().read_unaligned() }))
-}
-
-/// Scale and min in turn.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn scale_and_min(from: *const u8) -> __m256 {
-    // SAFETY: the caller vouches for 4 bytes.
-    _mm256_cvtph_ps(_mm_set1_epi32(unsafe { from.cast::<i32>().read_unaligned() }))
-}
-
 macro_rules! group_format {
-    ($name:ident, $bytes:literal, offset $offset:literal, $factors:ident, |$block:ident| $levels:expr) => {
+    ($name:ident, $bytes:literal, signed $signed:literal, |$block:ident| $levels:expr, |$blocks:ident, $count:ident| $factors:expr) => {
         struct $name;
         impl Group for $name {
             const BYTES: usize = $bytes;
-            const OFFSET: f32 = $offset;
+            const SIGNED: bool = $signed;
             #[inline(always)]
             unsafe fn levels($block: *const u8) -> __m256i {
                 // SAFETY: one block is readable, and the caller has AVX2.
                 unsafe { $levels }
             }
             #[inline(always)]
-            unsafe fn factors(block: *const u8) -> __m256 {
-                // SAFETY: as above.
-                unsafe { $factors(block) }
+            unsafe fn factors($blocks: *const u8, $count: usize) -> [__m256; 2] {
+                // SAFETY: as above, for as many blocks.
+                unsafe { $factors }
             }
         }
     };
 }
 
-group_format!(Q4_0, 18, offset - 8.0, scale, |b| nibbles(b.add(2)));
-group_format!(Q4_1, 20, offset 1.0, scale_and_min, |b| nibbles(b.add(4)));
-group_format!(Q5_0, 22, offset - 16.0, scale, |b| _mm256_or_si256(nibbles(b.add(6)), fifth_bits(b.add(2))));
-group_format!(Q5_1, 24, offset 1.0, scale_and_min, |b| _mm256_or_si256(nibbles(b.add(8)), fifth_bits(b.add(4))));
-
-struct Q8_0;
-impl Group for Q8_0 {
-    const BYTES: usize = 34;
-    const SIGNED: bool = true;
-    #[inline(always)]
-    unsafe fn levels(block: *const u8) -> __m256i {
-        // SAFETY: one block is readable, and the caller has AVX2.
-        unsafe { _mm256_loadu_si256(block.add(2).cast()) }
-    }
-    #[inline(always)]
-    unsafe fn factors(block: *const u8) -> __m256 {
-        // SAFETY: as above.
-        unsafe { scale(block) }
-    }
-}
-
-struct Iq4Nl;
-impl Group for Iq4Nl {
-    const BYTES: usize = 18;
-    const SIGNED: bool = true;
-    #[inline(always)]
-    unsafe fn levels(block: *const u8) -> __m256i {
-        // SAFETY: one block is readable, and the caller has AVX2.
-        unsafe {
-            let book = _mm256_broadcastsi128_si256(_mm_loadu_si128(IQ4_NL.as_ptr().cast()));
-            let levels = _mm256_shuffle_epi8(book, nibbles(block.add(2)));
-            _mm256_xor_si256(levels, _mm256_set1_epi8(-128))
-        }
-    }
-    #[inline(always)]
-    unsafe fn factors(block: *const u8) -> __m256 {
-        // SAFETY: as above.
-        unsafe { scale(block) }
-    }
-}
+group_format!(Q4_0, 18, signed false, |b| nibbles(b.add(2)), |b, n| centred::<18>(b, n, 8.0));
+group_format!(Q4_1, 20, signed false, |b| nibbles(b.add(4)), |b, n| [halves::<20>(b, 0, n), halves::<20>(b, 2, n)]);
+group_format!(Q5_0, 22, signed false, |b| {
+    _mm256_or_si256(nibbles(b.add(6)), fifth_bits(b.add(2)))
+}, |b, n| centred::<22>(b, n, 16.0));
+group_format!(Q5_1, 24, signed false, |b| {
+    _mm256_or_si256(nibbles(b.add(8)), fifth_bits(b.add(4)))
+}, |b, n| [halves::<24>(b, 0, n), halves::<24>(b, 2, n)]);
+group_format!(Q8_0, 34, signed true, |b| load(b.add(2)), |b, n| centred::<34>(b, n, 0.0));
+group_format!(Iq4Nl, 18, signed true, |b| {
+    let book = _mm256_broadcastsi128_si256(_mm_loadu_si128(IQ4_NL.as_ptr().cast()));
+    let levels = _mm256_shuffle_epi8(book, nibbles(b.add(2)));
+    _mm256_xor_si256(levels, _mm256_set1_epi8(-128))
+}, |b, n| centred::<18>(b, n, 0.0));
 
 /// A format of 256 elements a block, in eight groups with integer scales.
 trait Super: Sized {
@@ -246,8 +267,21 @@ unsafe fn supers<S: Super, const T: usize>(
                     _mm256_permute4x64_epi64::<0b01_00_01_00>(scales),
                     _mm256_permute4x64_epi64::<0b11_10_11_10>(scales),
                 );
-                let mut sums = [_mm256_setzero_ps(); T];
-                for i in 0..8 {
+                let (scale, offsets) = (_mm256_set1_ps(read.scale()), read.offsets());
+                let mut factors = [Factors::ZERO; T];
+                for t in 0..T {
+                    let scale = _mm256_mul_ps(scale, some(x[t].scale.as_ptr().add(SIDE * s), SIDE));
+                    _mm256_store_ps(factors[t].0.as_mut_ptr(), scale);
+                    if S::HALVES {
+                        let at = x[t].half_sum.as_ptr().add(16 * s);
+                        acc[t] = _mm256_fmadd_ps(offsets[0], _mm256_loadu_ps(at), acc[t]);
+                        acc[t] = _mm256_fmadd_ps(offsets[1], _mm256_loadu_ps(at.add(8)), acc[t]);
+                    } else {
+                        let at = x[t].sum.as_ptr().add(SIDE * s);
+                        acc[t] = _mm256_fmadd_ps(offsets[0], _mm256_loadu_ps(at), acc[t]);
+                    }
+                }
+                for i in 0..SIDE {
                     let levels = read.levels(block, i);
                     let spread = _mm256_set_m128i(
                         _mm_set1_epi16((0x0302 + 0x0404 * (i % 4)) as i16),
@@ -255,31 +289,15 @@ unsafe fn supers<S: Super, const T: usize>(
                     );
                     let scale = _mm256_shuffle_epi8(if i < 4 { low } else { high }, spread);
                     for t in 0..T {
-                        let v = _mm256_loadu_si256(x[t].q.as_ptr().add(256 * s + GROUP * i).cast());
+                        let v = load(x[t].q.as_ptr().add(256 * s + GROUP * i).cast());
                         let product = _mm256_madd_epi16(_mm256_maddubs_epi16(levels, v), scale);
-                        let factor = _mm256_broadcast_ss(&(*x[t].pair.as_ptr().add(8 * s + i))[0]);
-                        sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), factor, sums[t]);
-                    }
-                }
-                let (scale, offsets) = (_mm256_set1_ps(read.scale()), read.offsets());
-                for t in 0..T {
-                    acc[t] = _mm256_fmadd_ps(scale, sums[t], acc[t]);
-                    if S::HALVES {
-                        let at = x[t].half_sum.as_ptr().add(16 * s);
-                        acc[t] = _mm256_fmadd_ps(offsets[0], _mm256_loadu_ps(at), acc[t]);
-                        acc[t] = _mm256_fmadd_ps(offsets[1], _mm256_loadu_ps(at.add(8)), acc[t]);
-                    } else {
-                        let at = x[t].sum.as_ptr().add(8 * s);
-                        acc[t] = _mm256_fmadd_ps(offsets[0], _mm256_loadu_ps(at), acc[t]);
+                        let factor = _mm256_broadcast_ss(&factors[t].0[i]);
+                        acc[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), factor, acc[t]);
                     }
                 }
             }
         }
-        let mut y = [0.0; T];
-        for t in 0..T {
-            y[t] = sum(acc[t]);
-        }
-        put(row, &y);
+        put(row, &acc.map(|acc| sum(acc)));
     }
 }
 

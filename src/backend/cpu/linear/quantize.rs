@@ -17,6 +17,8 @@ pub(super) struct Activations {
     /// `[tokens, cols / 32]`: the scale, and the scale times the sum of the group's `q` (what a weight's `min` is
     /// multiplied by).
     pair: Vec<[f32; 2]>,
+    /// `[tokens, cols / 32]`: the first of `pair` again, side by side.
+    scale: Vec<f32>,
     /// `[tokens, cols / 32]`: the second of `pair` again, side by side.
     sum: Vec<f32>,
     /// `[tokens, cols / 16]`: the same for half groups.
@@ -28,6 +30,7 @@ pub(super) struct Activations {
 pub(super) struct Token<'a> {
     pub q: &'a [i8],
     pub pair: &'a [[f32; 2]],
+    pub scale: &'a [f32],
     pub sum: &'a [f32],
     pub half_sum: &'a [f32],
 }
@@ -39,10 +42,12 @@ impl Activations {
         self.cols = cols;
         self.q.resize(groups * GROUP, 0);
         self.pair.resize(groups, [0.0; 2]);
+        self.scale.resize(groups, 0.0);
         self.sum.resize(groups, 0.0);
         self.half_sum.resize(2 * groups, 0.0);
         let (q, pair) = (SendPtr(self.q.as_mut_ptr()), SendPtr(self.pair.as_mut_ptr()));
-        let (sum, half_sum) = (SendPtr(self.sum.as_mut_ptr()), SendPtr(self.half_sum.as_mut_ptr()));
+        let (scale, sum) = (SendPtr(self.scale.as_mut_ptr()), SendPtr(self.sum.as_mut_ptr()));
+        let half_sum = SendPtr(self.half_sum.as_mut_ptr());
         // A decode step's few groups are done before another thread would have woken up.
         let per_task = if groups <= 1024 { groups } else { 256 };
         team.run(groups.div_ceil(per_task.max(1)), &|task| {
@@ -50,20 +55,21 @@ impl Activations {
             let n = per_task.min(groups - start);
             // SAFETY: each buffer holds `groups` groups, tasks write disjoint ranges of them, and `self` is borrowed
             // mutably until all are done.
-            let (q, pair, sum, half_sum) = unsafe {
-                (
-                    std::slice::from_raw_parts_mut(q.get().add(start * GROUP), n * GROUP),
-                    std::slice::from_raw_parts_mut(pair.get().add(start), n),
-                    std::slice::from_raw_parts_mut(sum.get().add(start), n),
-                    std::slice::from_raw_parts_mut(half_sum.get().add(2 * start), 2 * n),
-                )
+            let groups = unsafe {
+                Groups {
+                    q: std::slice::from_raw_parts_mut(q.get().add(start * GROUP), n * GROUP),
+                    pair: std::slice::from_raw_parts_mut(pair.get().add(start), n),
+                    scale: std::slice::from_raw_parts_mut(scale.get().add(start), n),
+                    sum: std::slice::from_raw_parts_mut(sum.get().add(start), n),
+                    half_sum: std::slice::from_raw_parts_mut(half_sum.get().add(2 * start), 2 * n),
+                }
             };
             let x = &x[start * GROUP..][..n * GROUP];
             match simd {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the level says that the processor has AVX2.
-                _ if simd >= Simd::Avx2 => unsafe { groups_avx2(x, q, pair, sum, half_sum) },
-                _ => quantize_groups(x, q, pair, sum, half_sum),
+                _ if simd >= Simd::Avx2 => unsafe { groups_avx2(x, groups) },
+                _ => quantize_groups(x, groups),
             }
         });
     }
@@ -81,6 +87,7 @@ impl Activations {
         Token {
             q: &self.q[t * self.cols..][..self.cols],
             pair: &self.pair[t * groups..][..groups],
+            scale: &self.scale[t * groups..][..groups],
             sum: &self.sum[t * groups..][..groups],
             half_sum: &self.half_sum[2 * t * groups..][..2 * groups],
         }
@@ -94,20 +101,31 @@ impl<'a> Token<'a> {
         Token {
             q: &self.q[k..],
             pair: &self.pair[g..],
+            scale: &self.scale[g..],
             sum: &self.sum[g..],
             half_sum: &self.half_sum[2 * g..],
         }
     }
 }
 
+/// What becomes of some groups.
+struct Groups<'a> {
+    q: &'a mut [i8],
+    pair: &'a mut [[f32; 2]],
+    scale: &'a mut [f32],
+    sum: &'a mut [f32],
+    half_sum: &'a mut [f32],
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn groups_avx2(x: &[f32], q: &mut [i8], pair: &mut [[f32; 2]], sum: &mut [f32], half_sum: &mut [f32]) {
-    quantize_groups(x, q, pair, sum, half_sum)
+fn groups_avx2(x: &[f32], out: Groups) {
+    quantize_groups(x, out)
 }
 
 #[inline(always)]
-fn quantize_groups(x: &[f32], q: &mut [i8], pair: &mut [[f32; 2]], sum: &mut [f32], half_sum: &mut [f32]) {
+fn quantize_groups(x: &[f32], out: Groups) {
+    let Groups { q, pair, scale: scales, sum, half_sum } = out;
     let groups = x.as_chunks::<GROUP>().0.iter().zip(q.as_chunks_mut::<GROUP>().0);
     for (g, (x, q)) in groups.enumerate() {
         // As integers the magnitudes sort like the floats, with infinities and NaNs on top.
@@ -135,7 +153,7 @@ fn quantize_groups(x: &[f32], q: &mut [i8], pair: &mut [[f32; 2]], sum: &mut [f3
             }
         }
         pair[g] = [scale, scale * (halves[0] + halves[1]) as f32];
-        sum[g] = pair[g][1];
+        [scales[g], sum[g]] = pair[g];
         half_sum[2 * g] = scale * halves[0] as f32;
         half_sum[2 * g + 1] = scale * halves[1] as f32;
     }
