@@ -4,6 +4,7 @@
 //! fused cache of earlier ones. The *last* section is never fused, whatever its mask: it is what the receiver reads
 //! on top of the fused cache, and its last token gives the first logits.
 
+use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
 /// `len` receiver tokens, fused with the sharers whose bits are set in `sharer_mask` (bit 0 = first sharer).
@@ -80,15 +81,16 @@ impl FromStr for Portion {
     }
 }
 
-/// `--fraction`: how much of what would be fused is, and from which end.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// `--fraction`: how much of what would be fused is, and from which end. In files as on the command line: `"back:0.1"`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Fraction {
     share: f64,
     portion: Portion,
 }
 
 /// A fraction that is none.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error(
     "`{0}` is not a fraction: use a number from 0 to 1, with front: or back: before it (front unless given)"
 )]
@@ -134,7 +136,7 @@ impl Fraction {
     }
 
     /// Which of `n` tokens are kept.
-    fn of(&self, n: usize) -> std::ops::Range<usize> {
+    pub fn of(&self, n: usize) -> std::ops::Range<usize> {
         let kept = (self.share * n as f64) as usize;
         match self.portion {
             Portion::Front => 0..kept,
@@ -163,6 +165,20 @@ impl fmt::Display for Fraction {
             Portion::Back => "back",
         };
         write!(f, "{portion}:{}", self.share)
+    }
+}
+
+impl TryFrom<String> for Fraction {
+    type Error = BadFraction;
+
+    fn try_from(text: String) -> Result<Self, BadFraction> {
+        text.parse()
+    }
+}
+
+impl From<Fraction> for String {
+    fn from(fraction: Fraction) -> String {
+        fraction.to_string()
     }
 }
 

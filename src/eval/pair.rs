@@ -18,7 +18,7 @@ use crate::{
         generate,
     },
     tokenizer::{Message, Tokenizer},
-    train::{Piece, SharerStore},
+    train::{Piece, PromptStore},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -119,7 +119,7 @@ pub struct Pair {
     link: Option<Link>,
     /// Tokens that the link has room for, the Receiver's and each Sharer's.
     link_room: (usize, Vec<usize>),
-    stores: Vec<SharerStore>,
+    stores: Vec<PromptStore>,
     domains: Vec<Domain>,
     known: Vec<Known>,
     open: Vec<Gates>,
@@ -145,7 +145,7 @@ impl Pair {
             _ => None,
         };
         let open =
-            |sharer: &Model| cache_sharer.map(|folder| SharerStore::open(folder, sharer, precision, kv));
+            |sharer: &Model| cache_sharer.map(|folder| PromptStore::open(folder, sharer, precision, kv));
         let stores = session.sharers.iter().filter_map(open).collect::<Result<Vec<_>, _>>()?;
         let domains = session.sharers.iter().enumerate().map(|(s, sharer)| match stores.get(s) {
             Some(store) => store.domain().clone(),
@@ -229,8 +229,14 @@ impl Pair {
         for section in &mut prompt.sections {
             section.sharer_mask &= mask;
         }
+        let fraction = match variant {
+            Variant::Fraction(fraction) => Some(fraction),
+            _ => self.session.fraction(),
+        };
+        if let Some(fraction) = fraction {
+            prompt.sections = fraction.apply(&prompt.sections);
+        }
         match variant {
-            Variant::Fraction(fraction) => prompt.sections = fraction.apply(&prompt.sections),
             Variant::Shuffle => shuffle(&mut prompt, seed),
             Variant::Swap => {
                 let other = other.expect("a swap is given what to swap with");

@@ -1,7 +1,11 @@
 //! What a fuser is, apart from its weights: `fuser.json`.
 
 use super::{AllInOneConfig, FuserError, contract::Party};
-use crate::{align::LayerMapping, backend::DType, cache::KeyForm};
+use crate::{
+    align::{Fraction, LayerMapping},
+    backend::DType,
+    cache::KeyForm,
+};
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
@@ -32,6 +36,9 @@ pub struct FuserConfig {
     pub sharer: Party,
     #[serde(default)]
     pub training: Training,
+    /// The part of a prompt that it was trained to fuse, where not all: what inference fuses unless told otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fraction: Option<Fraction>,
     /// What an AllInOneProjector is besides; of that kind alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub all_in_one: Option<AllInOneConfig>,
@@ -211,6 +218,7 @@ impl FuserConfig {
             receiver,
             sharer,
             training: Training::default(),
+            fraction: None,
             all_in_one: None,
             rotations: None,
         }

@@ -40,6 +40,10 @@ pub enum FuserError {
          AllInOneProjector is trained where its gate is one number a layer, as in the published recipes"
     )]
     Untrainable { kind: super::Kind },
+    #[error(
+        "one fuser was trained to fuse {first} of a prompt, another {other}: name the part by --fraction"
+    )]
+    Fractions { first: String, other: String },
     #[error("a fuser of kind {kind} does not run on {device}: use --device cpu, or a fuser of another kind")]
     Unsupported { kind: super::Kind, device: String },
     #[error("a ridge map {problem}")]

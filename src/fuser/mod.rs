@@ -29,6 +29,7 @@ pub use pickle::PickleError;
 pub use ridge::RidgeFit;
 
 use crate::{
+    align::Fraction,
     backend::{Backend, DType, Precision, Queue, Tensor},
     cache::KeyForm,
     ops::{
@@ -171,6 +172,11 @@ impl Fuser {
             projector
         });
         Fuser::assemble(config, projectors.collect())
+    }
+
+    /// The same fuser for another part of the prompt.
+    pub fn with_fraction(self, fraction: Option<Fraction>) -> Fuser {
+        Fuser { config: FuserConfig { fraction, ..self.config }, ..self }
     }
 
     /// The projector of receiver layer `layer`, if it has one.
@@ -423,5 +429,23 @@ fn require_device(kind: Kind, backend: &Arc<dyn Backend>) -> Result<(), FuserErr
     match lacks {
         true => Err(FuserError::Unsupported { kind, device: backend.device().into() }),
         false => Ok(()),
+    }
+}
+
+/// The part of the prompt that these fusers, which are used together, were trained to fuse.
+///
+/// # Errors
+/// If they do not agree.
+pub fn trained_fraction<'a>(
+    configs: impl IntoIterator<Item = &'a FuserConfig>,
+) -> Result<Option<Fraction>, FuserError> {
+    let mut fractions = configs.into_iter().map(|config| config.fraction);
+    let first = fractions.next().flatten();
+    match fractions.find(|other| *other != first) {
+        None => Ok(first),
+        Some(other) => {
+            let text = |fraction: Option<Fraction>| fraction.map_or("all".into(), |part| part.to_string());
+            Err(FuserError::Fractions { first: text(first), other: text(other) })
+        }
     }
 }

@@ -237,6 +237,7 @@ pub(super) fn load(folder: &Path, backend: &Arc<dyn Backend>) -> Result<Fuser, F
         receiver: shape(receiver, layers, args.target_num_heads, args.target_dim),
         sharer: shape(sharer, None, args.source_num_heads, args.source_dim),
         all_in_one: None,
+        fraction: None,
         rotations: None,
         training: Training {
             dropout: args.dropout.unwrap_or(defaults.dropout),

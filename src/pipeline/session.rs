@@ -214,6 +214,10 @@ impl Session {
                 fusers.push(fuser);
             }
         }
+        let mut options = options;
+        if options.fraction.is_none() {
+            options.fraction = fuser::trained_fraction(fusers.iter().map(Fuser::config))?;
+        }
         let (aligners, load) = (Mutex::default(), start.elapsed());
         let include_response = false;
         let session =

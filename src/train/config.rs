@@ -7,7 +7,7 @@ mod names;
 
 use super::schedule::{Annealing, LearningRate, Schedule};
 use crate::{
-    align::{Alignment, LayerMapping},
+    align::{Alignment, Fraction, LayerMapping},
     backend::DeviceChoice,
     data::{AdapterChoice, PromptStyle, Source},
     fuser::{FusionMode, Kind},
@@ -34,6 +34,10 @@ pub struct TrainConfig {
     /// How several sharers meet: `sequential` (default) or `parallel`.
     #[serde(with = "names::text")]
     pub multi_sharer: FusionMode,
+    /// Fuse only this part of a prompt: `"back:0.1"` its last tenth, `"front:0.5"` or `"0.5"` its first half; all of it by default. The
+    /// fuser remembers it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fraction: Option<Fraction>,
     /// Fuse the tokens of the answer too, as `generate --include-response` does; `false` by default.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub include_response: bool,
@@ -42,6 +46,10 @@ pub struct TrainConfig {
     /// Keep the sharers' caches in this folder, so that only the first epoch computes them. Not kept by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache_sharer: Option<PathBuf>,
+    /// The same for the receiver's caches of the prompts before they are fused. Not kept by default; pays where answers are short and
+    /// `fraction` small, so that little else is left to compute.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_receiver: Option<PathBuf>,
     /// Initial weights, order of data, gate noise and dropout; 42 by default.
     pub seed: u64,
     /// `auto` (default), `cpu`, `cuda` or `cuda:N`.
@@ -87,9 +95,11 @@ impl Default for TrainConfig {
             sharers: Vec::new(),
             alignment: Alignment::default(),
             multi_sharer: FusionMode::default(),
+            fraction: None,
             include_response: false,
             out: "runs/train".into(),
             cache_sharer: None,
+            cache_receiver: None,
             seed: 42,
             device: DeviceChoice::Auto,
             threads: 0,
@@ -141,6 +151,10 @@ pub struct FuserSettings {
     pub mapping: LayerMapping,
     /// The part of a block's outputs that is zeroed in training; 0.1 by default.
     pub dropout: f64,
+    /// Update the maps that read columns as if every channel had mean 0 and deviation 1 over the data; `false` by default, as published. With few
+    /// data or a small part of the prompt fused it makes the difference between learning and not (docs/math.md, "Standardised inputs").
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub standardize: bool,
     /// Under kind `ridge`: how much the map is held back, in parts of the inputs' mean variance; 0.01 by default.
     #[serde(skip_serializing_if = "is_default_ridge")]
     pub ridge_lambda: f64,
@@ -162,6 +176,7 @@ impl Default for FuserSettings {
             layers: 3,
             mapping: LayerMapping::LAST_ALIGNED,
             dropout: 0.1,
+            standardize: false,
             ridge_lambda: RIDGE_LAMBDA,
         }
     }
@@ -385,6 +400,12 @@ impl TrainConfig {
         }
         if self.batch.samples.is_some() && self.batch.tokens.is_some() {
             return problem("batch.tokens", "and batch.samples exclude each other: remove one");
+        }
+        if self.fuser.standardize && self.what != What::Fuser {
+            return problem("fuser.standardize", "only goes with what = \"fuser\": remove it");
+        }
+        if self.fraction.is_some() && self.include_response {
+            return problem("fraction", "and include_response exclude each other: remove one");
         }
         self.out_of_range()
     }

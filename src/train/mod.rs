@@ -20,13 +20,14 @@ mod lora;
 mod pair;
 mod parameters;
 mod pass;
+mod prompt_store;
 mod ranks;
 pub mod recipe;
 pub mod report;
 pub mod run;
 mod sample;
 pub mod schedule;
-mod sharer_store;
+pub mod standardize;
 pub mod tensorboard;
 mod trained_all_in_one;
 mod trained_fuser;
@@ -41,11 +42,12 @@ pub use lora::Lora;
 pub use pair::{BatchReport, Control, PairTrainer, Phases, Run};
 pub use parameters::{Adamw, Entry, Kept, Parameters};
 pub use pass::{Labels, Learned, Recompute, TrainingPass, gradient_pages};
+pub use prompt_store::PromptStore;
 pub use ranks::Ranks;
 pub use report::{AccuracyRow, GateStrength, Report};
 pub use sample::Sample;
 pub use schedule::{Annealing, LearningRate, Schedule};
-pub use sharer_store::SharerStore;
+pub use standardize::{InputMap, Inputs};
 pub use trained_fuser::{DrawnNoise, FuseRequest, FusedColumns, Gate, GateNoise, TrainedFuser};
 use trainee::Trainee;
 
@@ -79,6 +81,8 @@ pub enum Error {
          give a sharer with the receiver's tokenizer, or alignment = \"none\" to let it read those ids whatever they mean to it"
     )]
     ResponseVocabulary { sharer: String },
+    #[error("a fuser of kind {kind} cannot be trained with fuser.standardize = true: remove it")]
+    Standardize { kind: fuser::Kind },
     #[error("{device} cannot train: use --device cpu")]
     NoTraining { device: String },
     #[error(
@@ -91,8 +95,10 @@ pub enum Error {
     State { path: PathBuf, problem: String },
     #[error("the data is not what the run began with (its SHA-256 differs): begin a new run")]
     OtherData,
-    #[error("a sharer's cache cannot be kept: {0}; free space or give another folder as cache_sharer")]
-    KeepSharer(cache::SnapshotError),
+    #[error(
+        "a prompt's cache cannot be kept: {0}; free space or give another folder as cache_sharer and cache_receiver"
+    )]
+    KeepPrompt(cache::SnapshotError),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]

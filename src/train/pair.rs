@@ -1,17 +1,18 @@
 //! One pass over a batch of samples that trains the fusers of a receiver and its sharers: both models are frozen.
 
 use super::{
-    BatchCache, Error, FuseRequest, FusedColumns, GateNoise, Labels, Learned, Piece, Recompute, Sample,
-    SharerStore, TrainedFuser, TrainingPass, gradient_pages,
+    BatchCache, Error, FuseRequest, FusedColumns, GateNoise, Inputs, Labels, Learned, Piece, PromptStore,
+    Recompute, Sample, TrainedFuser, TrainingPass, gradient_pages,
 };
 use crate::{
+    align::Fraction,
     backend::{DType, Event, Queue, Tensor},
     eval::asking::same_moments,
     fuser::{FusionMode, LayerCall, Positions, RidgeFit},
     model::Decoder,
     ops::{self, IGNORED, KvPages},
 };
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 /// Bytes of gradient pages that are held at once; layers are grouped accordingly.
 const GRADIENT_PAGES: usize = 256 << 20;
@@ -24,11 +25,15 @@ pub struct PairTrainer {
     /// One a sharer.
     pub fusers: Vec<TrainedFuser>,
     pub mode: FusionMode,
+    /// The part of each prompt's fused section that is fused; all of it where `None`.
+    pub fraction: Option<Fraction>,
     pub recompute: Recompute,
     pub dropout: f32,
     pub seed: u64,
     /// Caches on disk, one a sharer; or empty.
-    pub stores: Vec<SharerStore>,
+    pub stores: Vec<PromptStore>,
+    /// The receiver's caches before the fusion, on disk.
+    pub receiver_store: Option<PromptStore>,
     /// Whether the tokens behind the fused section are fused too ([`Sample::including_response`] says with what).
     pub include_response: bool,
     receiver_cache: BatchCache,
@@ -85,11 +90,12 @@ pub struct Phases {
 
 /// Where a sample is cut: its prompt up to the end of the fused section, and the rest.
 struct Cut {
-    fused: std::ops::Range<usize>,
+    fused: Range<usize>,
     mask: u32,
 }
 
-fn cut(sample: &Sample) -> Result<Cut, Error> {
+/// `fraction`: the part of its fused section that is.
+fn cut(sample: &Sample, fraction: Option<Fraction>) -> Result<Cut, Error> {
     let bad = |problem: &str| Err(Error::Sample { origin: sample.origin.clone(), problem: problem.into() });
     let sections = &sample.prompt.sections;
     let mut found = None;
@@ -108,7 +114,21 @@ fn cut(sample: &Sample) -> Result<Cut, Error> {
         }
         found = Some(Cut { fused: range, mask: section.sharer_mask });
     }
-    let Some(cut) = found else { return bad("has nothing to fuse before its answer") };
+    let Some(mut cut) = found else { return bad("has nothing to fuse before its answer") };
+    if let Some(fraction) = fraction {
+        let Range { start, end } = cut.fused;
+        let kept = fraction.of(end - start);
+        cut.fused = start + kept.start..start + kept.end;
+        if cut.fused.is_empty() {
+            return Err(Error::Sample {
+                origin: sample.origin.clone(),
+                problem: format!(
+                    "has {} tokens to fuse, of which the fraction {fraction} leaves none",
+                    end - start
+                ),
+            });
+        }
+    }
     Ok(cut)
 }
 
@@ -138,10 +158,12 @@ impl PairTrainer {
             sharers,
             fusers,
             mode,
+            fraction: None,
             recompute,
             dropout,
             seed,
             stores: Vec::new(),
+            receiver_store: None,
             include_response: false,
             receiver_cache,
             sharer_caches,
@@ -152,10 +174,10 @@ impl PairTrainer {
     }
 
     /// Whether this trainer can learn from the sample.
-    pub fn check(sample: &Sample) -> Result<(), Error> {
+    pub fn check(&self, sample: &Sample) -> Result<(), Error> {
         let bad =
             |problem: &str| Err(Error::Sample { origin: sample.origin.clone(), problem: problem.into() });
-        let cut = cut(sample)?;
+        let cut = cut(sample, self.fraction)?;
         if sample.labels[..cut.fused.end].iter().any(|&label| label != IGNORED) {
             return bad("is to be learned from inside its fused section, which the fuser does not change");
         }
@@ -172,6 +194,11 @@ impl PairTrainer {
         prompt.chain(response).collect()
     }
 
+    /// How many tokens the receiver reads before the fusion.
+    fn read_before(&self, sample: &Sample, cut: &Cut) -> usize {
+        if self.include_response { sample.tokens() } else { cut.fused.end }
+    }
+
     /// Makes room for samples, reads what the receiver reads before the fusion, and returns the pieces behind it.
     ///
     /// With the response fused too the receiver reads all tokens: their keys and values are what the fuser is given, and no
@@ -181,16 +208,13 @@ impl PairTrainer {
         let mut lengths: Vec<usize> = samples.iter().map(|sample| sample.tokens()).collect();
         let pairs = || samples.iter().zip(cuts);
         let behind: Vec<Piece> = pairs().map(|(s, cut)| piece(s, cut.fused.end..s.tokens())).collect();
-        let end = |sample: &Sample, cut: &Cut| match self.include_response {
-            true => sample.tokens(),
-            false => cut.fused.end,
-        };
-        let before: Vec<Piece> = pairs().map(|(s, cut)| piece(s, 0..end(s, cut))).collect();
+        let before: Vec<Piece> = pairs().map(|(s, cut)| piece(s, 0..self.read_before(s, cut))).collect();
         if self.include_response {
             lengths.push(behind.iter().map(|piece| piece.ids.len()).sum());
         }
+        let store = self.receiver_store.as_ref();
         self.receiver_cache.begin(&queue, &receiver, &lengths)?;
-        self.receiver_cache.prefill(&queue, &receiver, &before)?;
+        read(&queue, &mut self.receiver_cache, &receiver, store, before)?;
         Ok(behind)
     }
 
@@ -204,11 +228,12 @@ impl PairTrainer {
 
     /// Runs a batch; with [`Run::Learn`] all gradients grow.
     pub fn run(&mut self, samples: &[&Sample], run: Run) -> Result<BatchReport, Error> {
-        samples.iter().try_for_each(|sample| PairTrainer::check(sample))?;
+        samples.iter().try_for_each(|sample| self.check(sample))?;
         if self.include_response {
             samples.iter().try_for_each(|sample| sample.check_response())?;
         }
-        let cuts = samples.iter().map(|sample| cut(sample)).collect::<Result<Vec<Cut>, _>>()?;
+        let cuts =
+            samples.iter().map(|sample| cut(sample, self.fraction)).collect::<Result<Vec<Cut>, _>>()?;
         let queue = self.queue.clone();
         let begin = queue.record();
         let sharer_tokens = self.read_sharers(samples)?;
@@ -281,7 +306,7 @@ impl PairTrainer {
             false => None,
         };
         let prompt = included.as_ref().unwrap_or(prompt);
-        let cuts = [cut(prompt)?];
+        let cuts = [cut(prompt, self.fraction)?];
         self.read_sharers(&[prompt])?;
         if let Control::Random { seed } = control {
             self.randomise_sharers(seed)?;
@@ -310,54 +335,45 @@ impl PairTrainer {
     fn read_sharers(&mut self, samples: &[&Sample]) -> Result<usize, Error> {
         let mut tokens = 0;
         for (s, (decoder, cache)) in self.sharers.iter().zip(&mut self.sharer_caches).enumerate() {
-            let mut pieces: Vec<Piece> = samples
-                .iter()
-                .map(|sample| &sample.prompt.sharers[s])
-                .map(|own| Piece { ids: &own.ids, positions: &own.positions })
-                .collect();
+            let prompts = samples.iter().map(|sample| &sample.prompt.sharers[s]);
+            let pieces: Vec<Piece> =
+                prompts.map(|own| Piece { ids: &own.ids, positions: &own.positions }).collect();
             let lengths: Vec<usize> = pieces.iter().map(|piece| piece.ids.len()).collect();
             cache.begin(&self.queue, decoder, &lengths)?;
-            let store = self.stores.get(s);
-            for (i, piece) in pieces.iter_mut().enumerate() {
-                if let Some(kept) =
-                    store.filter(|_| !piece.ids.is_empty()).and_then(|store| store.get(*piece))
-                {
-                    cache.restore(&self.queue, i, &kept)?;
-                    *piece = Piece { ids: &[], positions: &[] };
-                }
-            }
-            let missing: usize = pieces.iter().map(|piece| piece.ids.len()).sum();
-            if missing > 0 {
-                cache.prefill(&self.queue, decoder, &pieces)?;
-            }
-            tokens += missing;
-            for (i, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.ids.is_empty()) {
-                if let Some(store) = store {
-                    let snapshot = cache.capture(&self.queue, i, store.domain().clone(), *piece)?;
-                    store.put(*piece, &snapshot)?;
-                }
-            }
+            tokens += read(&self.queue, cache, decoder, self.stores.get(s), pieces)?;
         }
         Ok(tokens)
     }
 
-    /// How many sharers' caches of these samples are on disk, how many are not, and the bytes that those will take.
-    pub fn kept<'a>(&self, samples: impl Iterator<Item = &'a Sample>) -> (usize, usize, usize) {
+    /// How many caches of these samples' prompts are on disk, how many are to be kept there and are not, and the bytes that those
+    /// will take.
+    pub fn kept<'a>(
+        &self,
+        samples: impl Iterator<Item = &'a Sample>,
+    ) -> Result<(usize, usize, usize), Error> {
         let (mut there, mut missing, mut bytes) = (0, 0, 0);
+        let mut count = |store: &PromptStore, decoder: &Decoder, piece: Piece| {
+            if piece.ids.is_empty() {
+            } else if store.has(piece) {
+                there += 1;
+            } else {
+                missing += 1;
+                bytes += piece.ids.len() * store.bytes_a_token(&decoder.config);
+            }
+        };
         for sample in samples {
             for ((own, store), decoder) in sample.prompt.sharers.iter().zip(&self.stores).zip(&self.sharers) {
-                if own.ids.is_empty() {
-                    continue;
-                }
-                if store.has(Piece { ids: &own.ids, positions: &own.positions }) {
-                    there += 1;
-                } else {
-                    missing += 1;
-                    bytes += own.ids.len() * store.bytes_a_token(&decoder.config);
-                }
+                count(store, decoder, Piece { ids: &own.ids, positions: &own.positions });
+            }
+            if let Some(store) = &self.receiver_store {
+                count(
+                    store,
+                    &self.receiver,
+                    piece(sample, 0..self.read_before(sample, &cut(sample, self.fraction)?)),
+                );
             }
         }
-        (there, missing, bytes)
+        Ok((there, missing, bytes))
     }
 
     /// The memory of the last pass where it is large enough.
@@ -394,7 +410,8 @@ impl PairTrainer {
 
     /// Shows each sharer's map what the caches of a batch have; the number of pairs of columns.
     pub fn observe(&mut self, samples: &[&Sample], fits: &mut [RidgeFit]) -> Result<usize, Error> {
-        let cuts = samples.iter().map(|sample| cut(sample)).collect::<Result<Vec<Cut>, _>>()?;
+        let cuts =
+            samples.iter().map(|sample| cut(sample, self.fraction)).collect::<Result<Vec<Cut>, _>>()?;
         self.read_sharers(samples)?;
         self.read_receiver(samples, &cuts)?;
         let mut pairs = 0;
@@ -408,6 +425,24 @@ impl PairTrainer {
             }
         }
         Ok(pairs)
+    }
+
+    /// Adds what the fusers read of a batch to the moments of each sharer's.
+    pub fn observe_inputs(&mut self, samples: &[&Sample], all: &mut [Vec<Inputs>]) -> Result<(), Error> {
+        let cuts =
+            samples.iter().map(|sample| cut(sample, self.fraction)).collect::<Result<Vec<Cut>, _>>()?;
+        self.read_sharers(samples)?;
+        self.read_receiver(samples, &cuts)?;
+        for (s, inputs) in all.iter_mut().enumerate() {
+            let columns = self.aligned(samples, &cuts, s);
+            for route in &self.fusers[s].fuser.config().routes {
+                let theirs = self.sharer_caches[s].kv.read(&self.queue, route.sharer, &columns.source)?;
+                let ours = self.receiver_cache.kv.read(&self.queue, route.receiver, &columns.target)?;
+                let read = [theirs.keys, theirs.values, ours.keys, ours.values];
+                inputs[route.projector].iter_mut().zip(&read).for_each(|(channels, rows)| channels.add(rows));
+            }
+        }
+        Ok(())
     }
 
     /// Fuses every sharer's columns into the receiver's cache. The columns of [`Run::Learn`] are kept, one entry a sharer.
@@ -566,6 +601,34 @@ fn first_blocks(pages: &KvPages, blocks: usize) -> KvPages {
     KvPages { keys: first(&pages.keys), values: first(&pages.values) }
 }
 
-fn piece(sample: &Sample, range: std::ops::Range<usize>) -> Piece<'_> {
+/// Fills a model's caches of whole prompts, from disk where they are kept there; the number of tokens that had to be read.
+fn read(
+    queue: &Queue,
+    cache: &mut BatchCache,
+    decoder: &Decoder,
+    store: Option<&PromptStore>,
+    mut pieces: Vec<Piece>,
+) -> Result<usize, Error> {
+    for (i, piece) in pieces.iter_mut().enumerate() {
+        let kept = store.filter(|_| !piece.ids.is_empty()).and_then(|store| store.get(*piece));
+        if let Some(kept) = kept {
+            cache.restore(queue, i, &kept)?;
+            *piece = Piece { ids: &[], positions: &[] };
+        }
+    }
+    let missing: usize = pieces.iter().map(|piece| piece.ids.len()).sum();
+    if missing > 0 {
+        cache.prefill(queue, decoder, &pieces)?;
+    }
+    for (i, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.ids.is_empty()) {
+        if let Some(store) = store {
+            let snapshot = cache.capture(queue, i, store.domain().clone(), *piece)?;
+            store.put(*piece, &snapshot)?;
+        }
+    }
+    Ok(missing)
+}
+
+fn piece(sample: &Sample, range: Range<usize>) -> Piece<'_> {
     Piece { ids: &sample.prompt.ids[range.clone()], positions: &sample.prompt.positions[range] }
 }

@@ -1,7 +1,7 @@
-//! Sharers' caches of a data set on disk, so that epochs after the first, and later runs, skip the sharer.
+//! Frozen models' caches of a data set's prompts on disk, so that epochs after the first, and later runs, skip the model.
 //!
 //! One [`Snapshot`] a sample, named after everything its content depends on: the weights' bytes, the tokenizer, how the model
-//! computes, and the tokens with their positions. Runs that share a sharer and a data set share the folder.
+//! computes, and the tokens with their positions. Runs that share a model and a data set share the folder.
 
 use super::{Error, Piece};
 use crate::{
@@ -18,38 +18,33 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The caches of one sharer.
-pub struct SharerStore {
+/// The caches of one model.
+pub struct PromptStore {
     folder: PathBuf,
     domain: Domain,
     kv: DType,
 }
 
-impl SharerStore {
+impl PromptStore {
     /// Makes the folder where there is none. Reads the model's files once, to tell models by their bytes.
-    pub fn open(
-        folder: &Path,
-        sharer: &Model,
-        precision: Precision,
-        kv: DType,
-    ) -> Result<SharerStore, Error> {
+    pub fn open(folder: &Path, model: &Model, precision: Precision, kv: DType) -> Result<PromptStore, Error> {
         fs::create_dir_all(folder).map_err(WriteError::at(folder))?;
-        let config = &sharer.decoder.config;
+        let config = &model.decoder.config;
         let parts = [
             &config.fingerprint()[..],
-            &weights_digest(&sharer.path)?[..],
+            &weights_digest(&model.path)?[..],
             format!("{precision:?}").as_bytes(),
             format!("{kv:?}").as_bytes(),
         ]
         .map(<[u8]>::to_vec);
         let domain = Domain {
             model: Fingerprint::of(parts.iter().map(Vec::as_slice)),
-            tokenizer: Fingerprint::of([&sharer.tokenizer()?.fingerprint(config.vocab)[..]]),
+            tokenizer: Fingerprint::of([&model.tokenizer()?.fingerprint(config.vocab)[..]]),
             content: Content::Plain,
             keys: KeyPositions::PostRope,
             salt: String::new(),
         };
-        Ok(SharerStore { folder: folder.into(), domain, kv })
+        Ok(PromptStore { folder: folder.into(), domain, kv })
     }
 
     pub fn domain(&self) -> &Domain {
@@ -101,7 +96,7 @@ impl SharerStore {
 
     /// Keeps a cache, whole or not at all.
     pub fn put(&self, piece: Piece, snapshot: &Snapshot) -> Result<(), Error> {
-        snapshot.save(&self.path(piece)).map_err(Error::KeepSharer)
+        snapshot.save(&self.path(piece)).map_err(Error::KeepPrompt)
     }
 }
 
@@ -109,7 +104,7 @@ impl SharerStore {
 fn weights_digest(path: &Path) -> Result<[u8; 32], Error> {
     let failed = |path: &Path| {
         let path = path.to_path_buf();
-        move |source| Error::KeepSharer(SnapshotError::Io { path, source })
+        move |source| Error::KeepPrompt(SnapshotError::Io { path, source })
     };
     let mut files = vec![path.to_path_buf()];
     if path.is_dir() {

@@ -103,7 +103,11 @@ pub fn run(
         }
         None => Position::new(config.clone(), manifest.clone()),
     };
-    watcher.say(&plan(&config, &trainee, &data, &batches, total, &backend));
+    if config.fuser.standardize {
+        let fresh = state.is_none() && config.fuser.checkpoints.is_empty();
+        trainee.standardize(&data.samples, &batches, &queue, fresh)?;
+    }
+    watcher.say(&plan(&config, &trainee, &data, &batches, total, &backend)?);
     let out = config.out.clone();
     // What a run leaves is written by one process.
     let mut log = None;
@@ -352,7 +356,7 @@ fn plan(
     batches: &Batches,
     total: u64,
     backend: &Arc<dyn Backend>,
-) -> String {
+) -> Result<String, Error> {
     let tokens: usize = data.samples.iter().map(Sample::tokens).sum();
     let labels: usize = data.samples.iter().map(Sample::labelled).sum();
     let largest = batches.largest(&data.samples);
@@ -386,16 +390,16 @@ fn plan(
     let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
     let state = trained * super::Parameters::BYTES;
     let kept = match trainee {
-        Trainee::Fuser { pair, .. } if !pair.stores.is_empty() => {
-            let (there, missing, bytes) = pair.kept(data.samples.iter().chain(&data.held_out));
+        Trainee::Fuser { pair, .. } if !pair.stores.is_empty() || pair.receiver_store.is_some() => {
+            let (there, missing, bytes) = pair.kept(data.samples.iter().chain(&data.held_out))?;
             format!(
-                "\n      sharers' caches of samples on disk: {there}; to be computed once: {missing}, {:.0} MiB",
+                "\n      caches of prompts on disk: {there}; to be computed once: {missing}, {:.0} MiB",
                 mib(bytes)
             )
         }
         _ => String::new(),
     };
-    format!(
+    Ok(format!(
         "plan: {trained} parameters {what}, {:.0} MiB with gradients and moments\n      activations about {:.0} MiB\n      \
          {} samples of {:.0} tokens on average, {:.0} learned from; {} held out\n      {total} updates of about {per_update:.0} tokens on {}{kept}",
         mib(state),
@@ -405,7 +409,7 @@ fn plan(
         labels as f64 / data.samples.len() as f64,
         data.held_out.len(),
         backend.description(),
-    )
+    ))
 }
 
 fn report(out: &Path, trainee: &Trainee, outcome: &Outcome, position: &Position) -> Result<PathBuf, Error> {

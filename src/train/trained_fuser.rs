@@ -1,6 +1,8 @@
 //! A fuser in training: its weights as [`Parameters`], its gates on the host.
 
-use super::{Adamw, Error, Kept, Parameters, config::Decay, trained_all_in_one::AllInOneColumns};
+use super::{
+    Adamw, Error, InputMap, Inputs, Kept, Parameters, config::Decay, trained_all_in_one::AllInOneColumns,
+};
 use crate::{
     backend::{DType, Precision, Queue, Tensor},
     fuser::{FuseCall, Fuser, FuserError, Kind, LayerCall, Positions, Training},
@@ -52,6 +54,8 @@ pub struct TrainedFuser {
     /// By projector, of keys and values.
     pub gates: Vec<[Gate; 2]>,
     pub temperature: f32,
+    /// Maps that are updated in standardised coordinates.
+    standard: Vec<InputMap>,
 }
 
 /// Where the columns of a forward pass lie, and what it leaves for the backward pass.
@@ -108,7 +112,23 @@ impl TrainedFuser {
         let logits = fuser.projectors().iter().map(|projector| projector.gate_logits);
         let gates = logits.map(|logits| logits.map(|logit| Gate { logit, ..Gate::default() })).collect();
         let temperature = fuser.config().training.initial_temperature as f32;
-        Ok(TrainedFuser { fuser: weights, grads, parameters, gates, temperature })
+        let standard = Vec::new();
+        Ok(TrainedFuser { fuser: weights, grads, parameters, gates, temperature, standard })
+    }
+
+    /// Updates from now on as if the columns were standardised ([`InputMap`]). `fresh`: the weights are drawn for such columns, nothing
+    /// has been learned yet.
+    pub fn standardize(&mut self, queue: &Queue, inputs: &[Inputs], fresh: bool) -> Result<(), Error> {
+        self.standard = InputMap::all(self.fuser.config(), &self.parameters, inputs)?;
+        if fresh {
+            self.standard.iter().try_for_each(|map| map.leave(queue))?;
+        }
+        Ok(())
+    }
+
+    /// Brings gradients, once they are complete, into the coordinates of the update.
+    pub fn standardize_gradients(&self, queue: &Queue) -> Result<(), Error> {
+        self.standard.iter().try_for_each(|map| map.gradients(queue))
     }
 
     /// The fuser as it is now, sharing the parameters' memory.
@@ -292,7 +312,9 @@ impl TrainedFuser {
         lr: f32,
         scale: f32,
     ) -> Result<(), Error> {
+        self.standard.iter().try_for_each(|map| map.enter(queue))?;
         self.parameters.update(queue, adamw, step, lr, scale)?;
+        self.standard.iter().try_for_each(|map| map.leave(queue))?;
         let p = adamw.at(step, lr, scale, 1);
         for gate in self.gates.iter_mut().flatten() {
             let grad = gate.grad * p.grad_scale;

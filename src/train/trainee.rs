@@ -1,12 +1,13 @@
 //! What is trained, with everything around it: the fusers of a pair, or a model.
 
 use super::{
-    Adamw, BatchReport, Batches, Control, DrawnNoise, Error, GateNoise, ModelTrainer, PairTrainer, Ranks,
-    Recompute, Run, Sample, SharerStore, TrainConfig, TrainedFuser,
+    Adamw, BatchReport, Batches, Control, DrawnNoise, Error, GateNoise, ModelTrainer, PairTrainer,
+    PromptStore, Ranks, Recompute, Run, Sample, TrainConfig, TrainedFuser,
     checkpoint::{State, Trained},
     config::{TooLong, What},
     exam::{Exam, Score},
     run::Watcher,
+    standardize,
 };
 use crate::{
     align::{Aligner, Alignment},
@@ -14,7 +15,7 @@ use crate::{
     builtin,
     data::Example,
     durable::WriteError,
-    fuser::{AllInOneConfig, Fuser, FuserConfig, FuserError, Kind, RidgeFit, Training},
+    fuser::{self, AllInOneConfig, Fuser, FuserConfig, FuserError, Kind, RidgeFit, Training},
     hub,
     model::{self, Adapter, ModelConfig},
     pipeline::Model,
@@ -100,24 +101,30 @@ impl Trainee {
             final_temperature: config.gates.final_temperature,
             anneal_steps: config.gates.anneal_steps.unwrap_or_default(),
         };
-        let mut fusers = Vec::new();
+        let mut fusers: Vec<TrainedFuser> = Vec::new();
         for (number, sharer) in sharers.iter().enumerate() {
             let fuser = match config.fuser.checkpoints.get(number) {
-                Some(path) => Fuser::load(&hub::local(path)?, backend)?,
+                Some(path) => {
+                    let fuser = Fuser::load(&hub::local(path)?, backend)?;
+                    let fraction = config.fraction.or(fuser.config().fraction);
+                    fuser.with_fraction(fraction)
+                }
                 None => {
                     let f = &config.fuser;
                     let new = receiver.fuser_config(sharer, f.kind, (f.hidden, f.intermediate), f.mapping);
                     let all_in_one = (f.kind == Kind::AllInOne).then(AllInOneConfig::recipe);
-                    let new = FuserConfig { num_layers: f.layers, training, all_in_one, ..new };
+                    let (num_layers, fraction) = (f.layers, config.fraction);
+                    let new = FuserConfig { num_layers, training, fraction, all_in_one, ..new };
                     Fuser::init(new, config.seed + number as u64, backend)?
                 }
             };
-            crate::fuser::require_contract(fuser.config(), &receiver.party(), &sharer.party())?;
+            fuser::require_contract(fuser.config(), &receiver.party(), &sharer.party())?;
             if fuser.config().all_in_one.as_ref().is_some_and(|own| !own.is_trainable()) {
                 return Err(FuserError::Untrainable { kind: Kind::AllInOne }.into());
             }
             fusers.push(TrainedFuser::new(&fuser, queue, decay)?);
         }
+        let fraction = fuser::trained_fraction(fusers.iter().map(|fuser| fuser.fuser.config()))?;
         let tokenizers = sharers
             .iter()
             .map(|sharer| sharer.tokenizer().cloned())
@@ -143,9 +150,13 @@ impl Trainee {
             }
             pair.include_response = true;
         }
+        pair.fraction = fraction;
         if let Some(folder) = &config.cache_sharer {
-            let open = |sharer: &Model| SharerStore::open(folder, sharer, precision, kv);
+            let open = |sharer: &Model| PromptStore::open(folder, sharer, precision, kv);
             pair.stores = sharers.iter().map(open).collect::<Result<_, _>>()?;
+        }
+        if let Some(folder) = &config.cache_receiver {
+            pair.receiver_store = Some(PromptStore::open(folder, &receiver, precision, kv)?);
         }
         Ok(Trainee::Fuser { pair: Box::new(pair), aligner, receiver, sharers, kv, training })
     }
@@ -154,9 +165,9 @@ impl Trainee {
     pub fn sample(&self, example: &Example, config: &TrainConfig) -> Result<Option<Sample>, Error> {
         let origin = example.origin.to_string();
         let sample = match self {
-            Trainee::Fuser { aligner, .. } => {
+            Trainee::Fuser { pair, aligner, .. } => {
                 let sample = Sample::chat(aligner, &example.messages, &origin)?;
-                PairTrainer::check(&sample)?;
+                pair.check(&sample)?;
                 if config.include_response { sample.including_response()? } else { sample }
             }
             Trainee::Model { tokenizer, .. } => Sample::alone(tokenizer, &example.messages, &origin)?,
@@ -219,6 +230,27 @@ impl Trainee {
             text += &format!(" {:.1} %, {:.1} %", mean(0), mean(1));
         }
         Ok(text)
+    }
+
+    /// Lets fusers be updated in standardised coordinates, those of the columns of some of these samples.
+    pub fn standardize(
+        &mut self,
+        samples: &[Sample],
+        batches: &Batches,
+        queue: &Queue,
+        fresh: bool,
+    ) -> Result<(), Error> {
+        let Trainee::Fuser { pair, .. } = self else { return Ok(()) };
+        let mut all: Vec<_> =
+            pair.fusers.iter().map(|fuser| standardize::inputs(fuser.fuser.config())).collect();
+        let every = samples.len().div_ceil(standardize::SAMPLES).max(1);
+        let some: Vec<u32> = (0..samples.len() as u32).step_by(every).collect();
+        for batch in batches.cut(samples, &some) {
+            let batch: Vec<&Sample> = batch.iter().map(|&index| &samples[index as usize]).collect();
+            pair.observe_inputs(&batch, &mut all)?;
+        }
+        let fusers = pair.fusers.iter_mut().zip(&all);
+        fusers.into_iter().try_for_each(|(fuser, inputs)| fuser.standardize(queue, inputs, fresh))
     }
 
     pub fn is_fuser(&self) -> bool {
@@ -286,7 +318,7 @@ impl Trainee {
         Ok(sum / labels.max(1) as f64)
     }
 
-    /// Adds the gradients up over all processes of the run.
+    /// Adds the gradients up over all processes of the run, and brings them into the coordinates of the update.
     pub fn sum_gradients(&mut self, queue: &Queue, ranks: &mut Ranks) -> Result<(), Error> {
         match self {
             Trainee::Fuser { pair, .. } => pair.fusers.iter_mut().try_for_each(|fuser| {
@@ -296,7 +328,7 @@ impl Trainee {
                 ranks.sum(&mut grads)?;
                 let gates = fuser.gates.iter_mut().flatten();
                 gates.zip(grads).for_each(|(gate, grad)| gate.grad = grad);
-                Ok(())
+                fuser.standardize_gradients(queue)
             }),
             Trainee::Model { trainer, .. } => ranks.sum_tensor(queue, trainer.parameters.gradients()),
         }
