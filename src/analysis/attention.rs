@@ -2,7 +2,7 @@
 
 use super::{
     Error, Figure, Finding, Table,
-    figures::{COLOURS, Heat, Line, heat, lines},
+    figures::{Heat, Line, OTHER, RECEIVER, heat, lines},
     finding::{digits, rounded},
     probe::{Probe, fused_tokens},
 };
@@ -105,8 +105,8 @@ pub(super) fn ask(probe: &mut Probe) -> Result<Finding, Error> {
         values: sums.iter().map(|sums| Some(of(sums))).collect(),
     };
     let curves = [
-        curve("cosine", COLOURS[0], &|sums| sums.mean(sums.cosine)),
-        curve("relative change", COLOURS[1], &|sums| sums.mean(sums.change)),
+        curve("mean over tokens", RECEIVER, &|sums| sums.mean(sums.cosine)),
+        curve("lowest", OTHER, &|sums| sums.lowest),
     ];
     let map = Heat {
         rows: (0..sums.len()).map(|layer| format!("layer {layer}")).collect(),
@@ -138,7 +138,7 @@ pub(super) fn ask(probe: &mut Probe) -> Result<Finding, Error> {
         tables: vec![table, by_head],
         figures: vec![
             Figure::new("attention", "With the fuse against without", |ground| {
-                lines(&curves, "mean over tokens", ground)
+                lines(&curves, "cosine", ground)
             })?,
             Figure::new("attention_heads", "How far each head is turned", |ground| heat(&map, ground))?,
         ],

@@ -100,6 +100,12 @@ pub(super) fn table(name: &str, caption: &str, what: &str, scored: &[Scored]) ->
 /// How many layers the best and the worst are tried with.
 const COUNTS: [usize; 10] = [1, 2, 5, 10, 15, 20, 25, 30, 40, 60];
 
+/// How many times a sweep of so many questions asks.
+pub(super) fn asks(layers: usize, questions: usize) -> usize {
+    let counts = COUNTS.into_iter().filter(|&count| count < layers).count();
+    questions * (layers + 2) + questions / 2 * 2 * counts
+}
+
 /// A thing done to no layer, to each by itself, to all, and to the best and the worst of them.
 pub(super) struct Sweep {
     pub none: Scored,
@@ -148,8 +154,13 @@ mod tests {
     #[test]
     fn a_sweep_finds_the_layer_that_matters() {
         let sample: Vec<usize> = (0..40).collect();
-        let mut ask = |set: &[bool], index: usize| Ok(set[2] && !set[0] || index % 4 == 0);
+        let mut asked = 0;
+        let mut ask = |set: &[bool], index: usize| {
+            asked += 1;
+            Ok(set[2] && !set[0] || index % 4 == 0)
+        };
         let sweep = sweep(3, &sample, &mut ask).unwrap();
+        assert_eq!(asked, asks(3, sample.len()));
         assert_eq!(sweep.none.count(), 10);
         assert_eq!(sweep.single.iter().map(Scored::count).collect::<Vec<_>>(), [10, 10, 40]);
         assert_eq!(sweep.all.count(), 10);

@@ -3,7 +3,7 @@
 use super::{
     Error, Finding, Table,
     by_layer::Scored,
-    finding::{digits, percent},
+    finding::{chance, digits, percent},
     gates::Weights,
     layers::sweep_gates,
     probe::{Probe, fused_tokens},
@@ -198,12 +198,13 @@ fn below(
     let (difference, low, high, p) = c2c.scored.versus(&receiver.scored);
     let found = difference < 0.0 && p < 0.05;
     let mut evidence = format!(
-        "C2C {}, Receiver {}: {:+.1} points ({:+.1} … {:+.1}), p = {p:.3}; all gates open {}",
+        "C2C {}, Receiver {}: {:+.1} points ({:+.1} … {:+.1}), {}; all gates open {}",
         percent(c2c.scored.rate()),
         percent(receiver.scored.rate()),
         100.0 * difference,
         100.0 * low,
         100.0 * high,
+        chance(p),
         percent(open.scored.rate())
     );
     let mut advice = "look at the alignment first, then at gates".to_owned();
@@ -282,8 +283,9 @@ fn communication(receiver: &Answers, c2c: &Answers, swap: &Answers) -> Sign {
         name: "a gain that is no communication",
         found: gain > 0.0 && p < 0.05 && without > 0.25 * gain,
         evidence: format!(
-            "C2C gains {:+.1} points (p = {p:.3}), with another question's Sharer cache {:+.1}",
+            "C2C gains {:+.1} points ({}), with another question's Sharer cache {:+.1}",
             100.0 * gain,
+            chance(p),
             100.0 * without
         ),
         advice: "a part comes without this question's cache: run evaluate's controls".into(),

@@ -7,11 +7,11 @@ use plotters::{
 };
 use std::ops::Range;
 
-pub(super) const SECOND: RGBColor = RGBColor(214, 110, 20);
-pub(super) const THIRD: RGBColor = RGBColor(40, 150, 90);
-
-/// Colours of several things on one figure, told apart by brightness too.
-pub(super) const COLOURS: [RGBColor; 4] = [MODE, SECOND, THIRD, CONTROL];
+/// The Receiver's colour, the Sharer's, that of what is fused, and that of the rest: the same on all figures.
+pub(super) const RECEIVER: RGBColor = MODE;
+pub(super) const SHARER: RGBColor = RGBColor(214, 110, 20);
+pub(super) const FUSED: RGBColor = RGBColor(40, 150, 90);
+pub(super) const OTHER: RGBColor = CONTROL;
 
 /// Numbers in rows and columns.
 pub(super) struct Heat {
@@ -39,7 +39,7 @@ pub(super) fn heat(heat: &Heat, ground: Ground) -> Result<String, FigureError> {
     let step = 22;
     let tall = step * heat.rows.len() as i32 + feet + 8;
     let parts = heat.columns.len().div_ceil(part).max(1) as i32;
-    let width = (left + size * part as i32 + 10).max(320);
+    let width = (left + size * part as i32 + 10).max(WIDTH);
     drawn((width, tall * parts + 52), ground, |area| {
         for (number, columns) in heat.columns.chunks(part).enumerate() {
             let (first, top) = (number * part, 8 + tall * number as i32);
@@ -212,7 +212,7 @@ pub(super) fn clouds(planes: &[(String, Vec<Cloud>)], ground: Ground) -> Result<
 pub(super) fn venn(names: [&str; 3], counts: [u64; 8], ground: Ground) -> Result<String, FigureError> {
     const CENTRES: [(i32, i32); 3] = [(170, 150), (270, 150), (220, 236)];
     drawn((WIDTH, 370), ground, |area| {
-        for (centre, colour) in CENTRES.into_iter().zip(COLOURS) {
+        for (centre, colour) in CENTRES.into_iter().zip([RECEIVER, SHARER, FUSED]) {
             area.draw(&Circle::new(centre, 92, colour.mix(0.3).filled()))?;
             area.draw(&Circle::new(centre, 92, colour.stroke_width(2)))?;
         }

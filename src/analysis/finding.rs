@@ -121,6 +121,11 @@ pub fn digits(number: f64) -> String {
     }
 }
 
+/// How probable chance is, in words.
+pub fn chance(p: f64) -> String {
+    if p < 0.001 { "p < 0.001".into() } else { format!("p = {p:.3}") }
+}
+
 /// Percent with one decimal.
 pub fn percent(rate: f64) -> String {
     format!("{:.1} %", 100.0 * rate)

@@ -2,7 +2,7 @@
 
 use super::{
     Error, Figure, Finding,
-    by_layer::{Scored, Sweep, sweep, table},
+    by_layer::{Scored, Sweep, asks, sweep, table},
     finding::percent,
     probe::Probe,
 };
@@ -33,10 +33,10 @@ fn open(probe: &Probe, layers: &[bool], halves: [bool; 2]) -> Result<Vec<Gates>,
 pub(super) fn sweep_gates(probe: &mut Probe, sample: &[usize]) -> Result<Sweep, Error> {
     let layers = probe.layers();
     let watcher = probe.watcher;
-    let (mut done, total) = (0, sample.len() * (layers + 2));
+    let (mut done, total) = (0, asks(layers, sample.len()));
     sweep(layers, sample, &mut |set, index| {
         done += 1;
-        watcher.progress(done.min(total), total, "gates by layer");
+        watcher.progress(done, total, "gates by layer");
         let gates = open(probe, set, [true; 2])?;
         right(probe, gates, index)
     })

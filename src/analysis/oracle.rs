@@ -6,8 +6,8 @@
 
 use super::{
     Enrichment, Error, Figure, Finding,
-    by_layer::{Scored, sweep, table},
-    finding::{Table, percent},
+    by_layer::{Scored, asks, sweep, table},
+    finding::{Table, chance, percent},
     probe::Probe,
 };
 use crate::{
@@ -186,10 +186,10 @@ pub(super) fn ask(probe: &mut Probe, enrichment: Enrichment) -> Result<Finding, 
     for reading in &readings {
         caches.push(read(&mut lane, reading)?);
     }
-    let (mut done, total) = (0, readings.len() * (layers + 2));
+    let (mut done, total) = (0, asks(layers, readings.len()));
     let swept = sweep(layers, &places, &mut |set, at| {
         done += 1;
-        probe.watcher.progress(done.min(total), total, "oracle");
+        probe.watcher.progress(done, total, "oracle");
         let logits = answer(&mut lane, &readings[at], &caches[at], set)?;
         Ok(probe.right(Who::Receiver, &logits, readings[at].index))
     })?;
@@ -225,9 +225,10 @@ pub(super) fn ask(probe: &mut Probe, enrichment: Enrichment) -> Result<Finding, 
     }
     let (_, _, _, p) = swept.all.versus(&swept.none);
     let mut said = vec![format!(
-        "plain {}, enriched at the same length {} (p = {p:.3}), with nothing dropped {}",
+        "plain {}, enriched at the same length {} ({}), with nothing dropped {}",
         percent(swept.none.rate()),
         percent(swept.all.rate()),
+        chance(p),
         percent(kept.rate())
     )];
     said.push(format!(

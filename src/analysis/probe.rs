@@ -1,6 +1,6 @@
 //! The models and questions of an analysis, and the caches it looks at.
 
-use super::{Error, Options, Question};
+use super::{Error, Options};
 use crate::{
     cache::KvColumns,
     eval::{

@@ -2,11 +2,12 @@
 
 use super::{
     Error, Figure, Finding, Table,
-    figures::{COLOURS, Line, lines},
+    figures::{FUSED, Line, OTHER, RECEIVER, SHARER, lines},
     finding::{digits, rounded},
     probe::Probe,
 };
 use nalgebra::DMatrix;
+use plotters::style::RGBColor;
 use serde_json::json;
 
 /// Effective rank of a matrix of rows of `width` numbers: the exponential of the entropy of its singular values, which are made to add
@@ -51,6 +52,7 @@ impl Spectrum {
 }
 
 const SETS: [&str; 4] = ["Receiver", "Sharer", "projected", "fused"];
+const COLOURS: [RGBColor; 4] = [RECEIVER, SHARER, OTHER, FUSED];
 const HALVES: [&str; 2] = ["keys", "values"];
 
 pub(super) fn ask(probe: &mut Probe) -> Result<Finding, Error> {

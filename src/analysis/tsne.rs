@@ -2,15 +2,17 @@
 
 use super::{
     Error, Figure, Finding, Table,
-    figures::{COLOURS, Cloud, clouds},
+    figures::{Cloud, FUSED, RECEIVER, SHARER, clouds},
     finding::{percent, rounded},
     probe::Probe,
 };
 use crate::{cache::KvColumns, rng::normal};
 use bhtsne::tSNE;
+use plotters::style::RGBColor;
 use serde_json::json;
 
 const SETS: [&str; 3] = ["source: the Sharer's", "target: the Receiver's", "projected and added: fused"];
+const COLOURS: [RGBColor; 3] = [SHARER, RECEIVER, FUSED];
 const HALVES: [&str; 2] = ["keys", "values"];
 /// Layers drawn: the last ones, as published.
 const LAYERS: usize = 6;
