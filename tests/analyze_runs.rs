@@ -1,6 +1,14 @@
 //! `analyze` as its user runs it: a process, its files, its errors, with the built-in pair. What comes out is held to what is known of it, or
 //! to what `evaluate` says of the same questions.
 
+use c2c::{
+    align::LayerMapping,
+    backend::{Precision, Queue},
+    fuser::{Fuser, Kind},
+    pipeline::Model,
+};
+use half::bf16;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::{
     fs,
@@ -278,10 +286,14 @@ fn each_signature_is_found_where_it_is() {
     let foreign = signs("foreign", &["--alignment", "none"]);
     assert!(found(&foreign).contains(&broken[0]), "{}", foreign.at(broken[0], "evidence"));
 
-    // The pair the other way round, with a fuser that was never trained: it spoils what the Receiver knows.
+    // The pair the other way round, with a fuser that was never trained and shouts: it spoils what the Receiver knows.
     let (knows, reads) = (asset("assets/pair/sharer"), asset("assets/pair/receiver"));
-    let args = ["--receiver", &knows, "--sharer", &reads, "--fuser", "init:1", "--gates", "open"];
-    let spoilt = signs("spoilt", &args);
+    let loud = folder.path().join("loud");
+    untrained(&knows, &reads, &loud);
+    set_biases(&loud, "value_proj_out.bias", 60.0);
+    let loud = loud.to_str().unwrap();
+    let spoilt =
+        signs("spoilt", &["--receiver", &knows, "--sharer", &reads, "--fuser", loud, "--gates", "open"]);
     let evidence = spoilt.at(broken[2], "evidence");
     assert!(
         found(&spoilt).contains(&broken[2]) && evidence.contains("one layer open at a time"),
@@ -289,22 +301,44 @@ fn each_signature_is_found_where_it_is() {
     );
     assert!(found(&spoilt).contains(&broken[6]));
 
-    // Weights of nothing: their biases far below zero.
-    let light = folder.path().join("fuser");
+    // The trained one, its weights far below zero before they are squashed.
+    let light = folder.path().join("light");
     fs::create_dir(&light).unwrap();
-    fs::copy(asset("assets/pair/fuser/fuser.json"), light.join("fuser.json")).unwrap();
-    let mut bytes = fs::read(asset("assets/pair/fuser/fuser.safetensors")).unwrap();
-    let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
-    for (name, info) in metadata.tensors().iter().filter(|(name, _)| name.ends_with("scalar_head.bias")) {
-        let place = 8 + header + info.data_offsets.0..8 + header + info.data_offsets.1;
-        assert_eq!(info.dtype, safetensors::Dtype::BF16, "{name}");
-        bytes[place]
-            .chunks_exact_mut(2)
-            .for_each(|number| number.copy_from_slice(&half::bf16::from_f32(-60.0).to_le_bytes()));
+    for name in ["fuser.json", "fuser.safetensors"] {
+        fs::copy(asset("assets/pair/fuser").to_owned() + "/" + name, light.join(name)).unwrap();
     }
-    fs::write(light.join("fuser.safetensors"), bytes).unwrap();
-    let args = ["--receiver", &reads, "--sharer", &knows, "--fuser", light.to_str().unwrap()];
-    assert_eq!(found(&signs("light", &args)), [broken[4]]);
+    set_biases(&light, "scalar_head.bias", -60.0);
+    let light = light.to_str().unwrap();
+    let weighed = signs("weighed", &["--receiver", &reads, "--sharer", &knows, "--fuser", light]);
+    assert_eq!(found(&weighed), [broken[4]]);
+}
+
+/// An untrained fuser in a folder.
+fn untrained(receiver: &str, sharer: &str, folder: &Path) {
+    let backend = c2c::backend::open(c2c::backend::DeviceChoice::Cpu, 2).unwrap();
+    let load = |path: &str| Model::load(Path::new(path), &backend, Precision::F32, &|_, _| {}).unwrap();
+    let (receiver, sharer) = (load(receiver), load(sharer));
+    let config = receiver.fuser_config(&sharer, Kind::C2c, (32, 32), LayerMapping::LAST_ALIGNED);
+    let fuser = Fuser::init(config, 1, &backend).unwrap();
+    fuser.save(folder, &Queue::new(&backend).unwrap()).unwrap();
+}
+
+/// Sets all biases of a fuser's maps whose names end so.
+fn set_biases(fuser: &Path, name: &str, value: f32) {
+    let file = fuser.join("fuser.safetensors");
+    let mut bytes = fs::read(&file).unwrap();
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let named: Vec<_> = metadata.tensors().into_iter().filter(|(tensor, _)| tensor.ends_with(name)).collect();
+    assert!(!named.is_empty(), "{name}");
+    for (_, info) in named {
+        let place = 8 + header + info.data_offsets.0..8 + header + info.data_offsets.1;
+        let number = match info.dtype {
+            Dtype::BF16 => bf16::from_f32(value).to_le_bytes().to_vec(),
+            _ => value.to_le_bytes().to_vec(),
+        };
+        bytes[place].chunks_exact_mut(number.len()).for_each(|old| old.copy_from_slice(&number));
+    }
+    fs::write(file, bytes).unwrap();
 }
 
 #[test]
@@ -344,7 +378,10 @@ fn what_cannot_be_analysed_is_refused_and_leaves_nothing() {
     refused(&["gates", "--receiver", &receiver, "--sharer", &sharer, "--fuser", &fuser], &["made for"]);
     refused(&["layers", "--task", "no_such_task"], &["no_such_task", "builtin"]);
     let folder = tempfile::tempdir().unwrap();
-    refused(&["overlap", "--from", folder.path().to_str().unwrap()], &["receiver", "evaluate --modes"]);
+    refused(
+        &["overlap", "--from", folder.path().to_str().unwrap()],
+        &["no receiver answers", "--modes receiver,sharer,c2c"],
+    );
     let task = folder.path().join("open.toml");
     let data: PathBuf = folder.path().join("open.jsonl");
     fs::write(&data, "{\"question\": \"Where is Grenoble?\", \"answer\": \"in France\"}\n").unwrap();

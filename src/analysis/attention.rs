@@ -164,4 +164,32 @@ mod tests {
                 && (sums.change - (2.0 + 2f64.sqrt()) / 5f64.sqrt()).abs() < 1e-9
         );
     }
+
+    /// The first token sees itself alone: its attention gives its own values, for every head those of its KV head. Watching changes nothing.
+    #[test]
+    fn the_first_token_sees_itself() {
+        let session = crate::analysis::probe::builtin();
+        let receiver = session.receiver.as_ref().unwrap();
+        let config = &receiver.decoder.config;
+        let mut lane = session.lane(receiver, 64).unwrap();
+        let ids: Vec<u32> = (20..40).collect();
+        let positions: Vec<u32> = (0..20).collect();
+        let said = lane.append_attending(&ids, &positions).unwrap();
+        let logits = lane.logits().unwrap();
+        assert_eq!(said.len(), config.layers);
+        for (layer, rows) in said.iter().enumerate() {
+            assert_eq!(rows.len(), ids.len() * config.heads * config.head_dim);
+            let values = lane.read(layer, 0, 1).unwrap().values;
+            for (head, row) in
+                rows[..config.heads * config.head_dim].chunks_exact(config.head_dim).enumerate()
+            {
+                let own =
+                    &values[head / (config.heads / config.kv_heads) * config.head_dim..][..config.head_dim];
+                assert!(row.iter().zip(own).all(|(a, b)| (a - b).abs() < 1e-5), "layer {layer}, head {head}");
+            }
+        }
+        lane.truncate(0, 0);
+        lane.append(&ids, &positions, crate::model::Goal::Hidden, |_, _| {}).unwrap();
+        assert_eq!(lane.logits().unwrap(), logits);
+    }
 }

@@ -100,10 +100,27 @@ pub(super) fn table(name: &str, caption: &str, what: &str, scored: &[Scored]) ->
 /// How many layers the best and the worst are tried with.
 const COUNTS: [usize; 10] = [1, 2, 5, 10, 15, 20, 25, 30, 40, 60];
 
-/// How many times a sweep of so many questions asks.
-pub(super) fn asks(layers: usize, questions: usize) -> usize {
-    let counts = COUNTS.into_iter().filter(|&count| count < layers).count();
-    questions * (layers + 2) + questions / 2 * 2 * counts
+/// Layers to which a thing is done.
+pub(super) type Set = Vec<bool>;
+
+/// Asks every question of `sample` with each of the sets, all sets of a question at once.
+fn asked(
+    names: Vec<String>,
+    sets: &[Set],
+    sample: &[usize],
+    ask: &mut dyn FnMut(usize, &[Set]) -> Result<Vec<bool>, Error>,
+) -> Result<Vec<Scored>, Error> {
+    let scored = |name| Scored { name, right: Vec::new(), quiet: false };
+    let mut all: Vec<Scored> = names.into_iter().map(scored).collect();
+    for &index in sample {
+        all.iter_mut().zip(ask(index, sets)?).for_each(|(own, right)| own.right.push(right));
+    }
+    Ok(all)
+}
+
+/// How many times a sweep over so many questions asks.
+pub(super) fn asks(questions: usize) -> usize {
+    questions + questions / 2
 }
 
 /// A thing done to no layer, to each by itself, to all, and to the best and the worst of them.
@@ -117,32 +134,33 @@ pub(super) struct Sweep {
     pub order: Vec<usize>,
 }
 
-/// `ask(layers, question)` does it to the layers marked, and tells whether the answer is right. Best and worst layers are those of every
-/// second question of `sample`; their accuracy is that of the others, which had no say.
+/// `ask(question, sets)` does it to the layers of each set in turn, and tells whether each answer is right. Best and worst layers are those
+/// of every second question of `sample`; their accuracy is that of the others, which had no say.
 pub(super) fn sweep(
     layers: usize,
     sample: &[usize],
-    ask: &mut dyn FnMut(&[bool], usize) -> Result<bool, Error>,
+    ask: &mut dyn FnMut(usize, &[Set]) -> Result<Vec<bool>, Error>,
 ) -> Result<Sweep, Error> {
-    let with = |chosen: &[usize]| -> Vec<bool> { (0..layers).map(|layer| chosen.contains(&layer)).collect() };
+    let with = |chosen: &[usize]| -> Set { (0..layers).map(|layer| chosen.contains(&layer)).collect() };
     let every: Vec<usize> = (0..layers).collect();
-    let none = Scored::of("none", sample, |index| ask(&with(&[]), index))?.quiet();
-    let mut single = Vec::new();
-    for layer in 0..layers {
-        single.push(Scored::of(&format!("layer {layer}"), sample, |index| ask(&with(&[layer]), index))?);
-    }
-    let all = Scored::of("all", sample, |index| ask(&with(&every), index))?;
+    let names = every.iter().map(|layer| format!("layer {layer}")).chain(["none".into(), "all".into()]);
+    let sets: Vec<Set> = every.iter().map(|&layer| with(&[layer])).chain([with(&[]), with(&every)]).collect();
+    let mut single = asked(names.collect(), &sets, sample, ask)?;
+    let ends = single.split_off(layers);
+    let [none, all] = [ends[0].clone().quiet(), ends[1].clone()];
     let mut order = every;
     // A stable order: equal layers stay in theirs.
     order.sort_by_key(|&layer| std::cmp::Reverse(single[layer].half(0).count()));
     let others: Vec<usize> = sample.iter().skip(1).step_by(2).copied().collect();
-    let mut chosen = vec![none.half(1), all.half(1)];
+    let (mut names, mut sets) = (Vec::new(), Vec::new());
     for count in COUNTS.into_iter().filter(|&count| count < layers) {
         for (name, layers) in [("best", &order[..count]), ("worst", &order[layers - count..])] {
-            let set = with(layers);
-            chosen.push(Scored::of(&format!("{name} {count}"), &others, |index| ask(&set, index))?);
+            names.push(format!("{name} {count}"));
+            sets.push(with(layers));
         }
     }
+    let mut chosen = vec![none.half(1), all.half(1)];
+    chosen.extend(asked(names, &sets, &others, ask)?);
     Ok(Sweep { none, single, all, chosen, order })
 }
 
@@ -155,12 +173,12 @@ mod tests {
     fn a_sweep_finds_the_layer_that_matters() {
         let sample: Vec<usize> = (0..40).collect();
         let mut asked = 0;
-        let mut ask = |set: &[bool], index: usize| {
+        let mut ask = |index: usize, sets: &[Set]| {
             asked += 1;
-            Ok(set[2] && !set[0] || index % 4 == 0)
+            Ok(sets.iter().map(|set| set[2] && !set[0] || index % 4 == 0).collect())
         };
         let sweep = sweep(3, &sample, &mut ask).unwrap();
-        assert_eq!(asked, asks(3, sample.len()));
+        assert_eq!(asked, asks(sample.len()));
         assert_eq!(sweep.none.count(), 10);
         assert_eq!(sweep.single.iter().map(Scored::count).collect::<Vec<_>>(), [10, 10, 40]);
         assert_eq!(sweep.all.count(), 10);

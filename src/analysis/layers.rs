@@ -31,14 +31,15 @@ fn open(probe: &Probe, layers: &[bool], halves: [bool; 2]) -> Result<Vec<Gates>,
 
 /// The sweep of `layers`, for others who ask what a layer does by itself.
 pub(super) fn sweep_gates(probe: &mut Probe, sample: &[usize]) -> Result<Sweep, Error> {
-    let layers = probe.layers();
-    let watcher = probe.watcher;
-    let (mut done, total) = (0, asks(layers, sample.len()));
-    sweep(layers, sample, &mut |set, index| {
+    let (mut done, total) = (0, asks(sample.len()));
+    sweep(probe.layers(), sample, &mut |index, sets| {
         done += 1;
-        watcher.progress(done, total, "gates by layer");
-        let gates = open(probe, set, [true; 2])?;
-        right(probe, gates, index)
+        probe.watcher.progress(done, total, "gates by layer");
+        let each = sets.iter().map(|set| {
+            let gates = open(probe, set, [true; 2])?;
+            right(probe, gates, index)
+        });
+        each.collect()
     })
 }
 

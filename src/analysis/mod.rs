@@ -49,7 +49,7 @@ pub enum Error {
     #[error("{}: has no line of text", path.display())]
     NoText { path: PathBuf },
     #[error(
-        "{}: holds no {mode} answers to {}: run evaluate with --modes receiver,sharer,c2c --out {}",
+        "{}: there are no {mode} answers to {}: run evaluate with --modes receiver,sharer,c2c --out {}",
         folder.display(),
         task.as_deref().map_or("a task".into(), |task| format!("task {task}")),
         folder.display()

@@ -182,16 +182,17 @@ pub(super) fn ask(probe: &mut Probe, enrichment: Enrichment) -> Result<Finding, 
         Ok(probe.right(Who::Receiver, &lane.logits()?, reading.index))
     })?
     .quiet();
-    let mut caches = Vec::new();
-    for reading in &readings {
-        caches.push(read(&mut lane, reading)?);
-    }
-    let (mut done, total) = (0, asks(layers, readings.len()));
-    let swept = sweep(layers, &places, &mut |set, at| {
+    let (mut done, total) = (0, asks(readings.len()));
+    let swept = sweep(layers, &places, &mut |at, sets| {
         done += 1;
         probe.watcher.progress(done, total, "oracle");
-        let logits = answer(&mut lane, &readings[at], &caches[at], set)?;
-        Ok(probe.right(Who::Receiver, &logits, readings[at].index))
+        let reading = &readings[at];
+        let caches = read(&mut lane, reading)?;
+        let each = sets.iter().map(|set| {
+            let logits = answer(&mut lane, reading, &caches, set)?;
+            Ok(probe.right(Who::Receiver, &logits, reading.index))
+        });
+        each.collect()
     })?;
     let mut scored = vec![
         Scored { name: "plain".into(), ..swept.none.clone() },
@@ -283,5 +284,38 @@ mod tests {
         assert_eq!(found(&[1, 5, 6], &[2, 7, 5, 6], 1), None);
         assert_eq!(found(&[1, 5, 6], &[1, 7, 55, 6], 1), None);
         assert_eq!(found(&[1, 5, 6], &[1, 7, 5, 6], 3), None);
+    }
+
+    /// Keys and values of layer 0 depend on a token and its place alone: behind exemplars, and moved back, they are what they were. Those of
+    /// later layers have seen the exemplars.
+    #[test]
+    fn moved_back_the_first_layer_is_the_plain_one() {
+        let session = crate::analysis::probe::builtin();
+        let receiver = session.receiver.as_ref().unwrap();
+        let mut lane = session.lane(receiver, 64).unwrap();
+        let ids = |range: std::ops::Range<u32>| range.collect::<Vec<u32>>();
+        let plain = [ids(1..3), ids(100..120)].concat();
+        let enriched = [ids(1..3), ids(30..53), ids(100..120)].concat();
+        let reading = Reading::new(0, plain, enriched, 4).unwrap();
+        assert_eq!((reading.head, reading.dropped()), (2, 23));
+        let caches = read(&mut lane, &reading).unwrap();
+        let furthest = |layer: usize| {
+            let (plain, enriched) = (&caches.plain.layers[layer], &caches.enriched[layer]);
+            assert_eq!((plain.keys.len(), plain.values.len()), (18 * 32, 18 * 32));
+            assert_eq!((enriched.keys.len(), enriched.values.len()), (18 * 32, 18 * 32));
+            let far = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            far(&plain.keys, &enriched.keys).max(far(&plain.values, &enriched.values))
+        };
+        assert!(furthest(0) < 1e-4, "{}", furthest(0));
+        assert!(furthest(1) > 0.05 && furthest(2) > 0.05);
+
+        // Nothing enriched is the whole prompt read at once, to the bit; the first layer alone changes next to nothing.
+        let nothing = answer(&mut lane, &reading, &caches, &[false; 3]).unwrap();
+        let first = answer(&mut lane, &reading, &caches, &[true, false, false]).unwrap();
+        let all = answer(&mut lane, &reading, &caches, &[true; 3]).unwrap();
+        begin(&mut lane, &reading.plain, Goal::Hidden).unwrap();
+        assert_eq!(nothing, lane.logits().unwrap());
+        let far = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(far(&nothing, &first) < 1e-3 && far(&nothing, &all) > 0.05);
     }
 }

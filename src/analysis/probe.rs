@@ -200,3 +200,26 @@ fn columns(lane: &Lane, layer: usize, tokens: &[usize]) -> Result<KvColumns, Err
     let slots: Vec<u32> = tokens.iter().map(|&token| lane.slots()[token]).collect();
     Ok(lane.kv.read(&lane.queue, layer, &slots)?)
 }
+
+/// The built-in pair, exact, for tests.
+#[cfg(test)]
+pub(super) fn builtin() -> crate::pipeline::Session {
+    use crate::{align, backend::cpu, builtin, fuser, pipeline};
+    let options = pipeline::SessionOptions {
+        mode: pipeline::Mode::C2c,
+        receiver: Some(builtin::path("receiver")),
+        sharers: vec![builtin::path("sharer")],
+        fusers: vec![pipeline::FuserChoice::Load(builtin::path("fuser"))],
+        multi_sharer: fuser::FusionMode::Parallel,
+        alignment: align::Alignment::Span,
+        mapping: align::LayerMapping::LAST_ALIGNED,
+        gates: fuser::GateOverride::Learned,
+        fraction: None,
+        dtype: pipeline::ComputeType::F32,
+        device: crate::backend::DeviceChoice::Cpu,
+        threads: 2,
+        overlap: pipeline::Overlap::Layers,
+    };
+    let backend = cpu::Cpu::with(2, cpu::Simd::detect(), cpu::Schedule::Steady);
+    pipeline::Session::open_on(backend, options, &|_, _, _| {}).expect("the pair opens")
+}

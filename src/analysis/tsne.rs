@@ -21,12 +21,6 @@ const EPOCHS: usize = 500;
 /// Neighbours that a token is asked for.
 const NEIGHBOURS: usize = 10;
 
-/// Rows of one set.
-struct Points {
-    set: usize,
-    rows: Vec<Vec<f32>>,
-}
-
 pub(super) fn ask(probe: &mut Probe, tokens: usize, seed: u64) -> Result<Finding, Error> {
     let layers = probe.layers();
     let first = layers.saturating_sub(LAYERS);
@@ -37,13 +31,16 @@ pub(super) fn ask(probe: &mut Probe, tokens: usize, seed: u64) -> Result<Finding
     let theirs = session.sharers.first().map_or(1, width);
     // By layer and half: rows of each set.
     let mut all: Vec<[[Vec<Vec<f32>>; 3]; 2]> = (first..layers).map(|_| Default::default()).collect();
+    // As many of each question: caches of all would be large.
+    let quota = tokens.div_ceil(probe.sample().len().max(1));
     let asked = probe.each(|caches| {
         for (layer, own) in (first..).zip(&mut all) {
             let Some(source) = &caches.source[layer] else { continue };
             let sets = [(source, theirs), (&caches.plain[layer], ours), (&caches.fused[layer], ours)];
             for (half, own) in own.iter_mut().enumerate() {
                 for (rows, (columns, width)) in own.iter_mut().zip(sets) {
-                    rows.extend(rows_of(columns, half, width, ours.max(theirs)));
+                    let own = rows_of(columns, half, width, ours.max(theirs));
+                    rows.extend(evenly(&own, quota));
                 }
             }
         }
@@ -71,16 +68,16 @@ pub(super) fn ask(probe: &mut Probe, tokens: usize, seed: u64) -> Result<Finding
             if sets[0].is_empty() {
                 continue;
             }
-            let points = sample(sets, tokens);
-            let data: Vec<&[f32]> =
-                points.iter().flat_map(|set| set.rows.iter().map(Vec::as_slice)).collect();
-            let of: Vec<usize> = points.iter().flat_map(|set| vec![set.set; set.rows.len()]).collect();
+            let points: Vec<Vec<Vec<f32>>> = sets.iter().map(|set| evenly(set, tokens)).collect();
+            let each = points[0].len();
+            let data: Vec<&[f32]> = points.iter().flatten().map(Vec::as_slice).collect();
+            let of: Vec<usize> = (0..3).flat_map(|set| vec![set; each]).collect();
             let (plane, divergence) = embedded(&data, seed);
             let near = neighbours(&data, &of);
             mixing.push([
                 json!(layer),
                 json!(HALVES[half]),
-                json!(points[0].rows.len()),
+                json!(each),
                 rounded(f64::from(divergence)),
                 rounded(100.0 * near[1][1]),
                 rounded(100.0 * near[1][2]),
@@ -96,7 +93,7 @@ pub(super) fn ask(probe: &mut Probe, tokens: usize, seed: u64) -> Result<Finding
                     json!(layer),
                     json!(HALVES[half]),
                     json!(SETS[set]),
-                    json!(number % points[0].rows.len()),
+                    json!(number % each),
                     rounded(x),
                     rounded(y),
                 ]);
@@ -138,12 +135,10 @@ fn rows_of(columns: &KvColumns, half: usize, width: usize, to: usize) -> Vec<Vec
     numbers.chunks_exact(width).map(filled).collect()
 }
 
-/// The same tokens of each set, evenly spaced.
-fn sample(sets: &[Vec<Vec<f32>>; 3], most: usize) -> Vec<Points> {
-    let total = sets[0].len();
-    let n = most.min(total);
-    let rows = |set: &Vec<Vec<f32>>| (0..n).map(|i| set[i * total / n].clone()).collect();
-    sets.iter().enumerate().map(|(set, all)| Points { set, rows: rows(all) }).collect()
+/// At most `most` rows, evenly spaced: the same of each set.
+fn evenly(rows: &[Vec<f32>], most: usize) -> Vec<Vec<f32>> {
+    let n = most.min(rows.len());
+    (0..n).map(|i| rows[i * rows.len() / n].clone()).collect()
 }
 
 fn squared(a: &[f32], b: &[f32]) -> f32 {
