@@ -16,7 +16,7 @@ use serde_json::json;
 
 /// Below, a weight adds next to nothing.
 const LIGHT: f64 = 0.05;
-/// Questions that are enough for weights and caches.
+/// Questions that are enough for weights, caches, and single layers.
 const FEW: usize = 30;
 /// More characters than this misread are no accident.
 const MISREAD: f64 = 0.01;
@@ -80,12 +80,12 @@ pub(super) fn ask(probe: &mut Probe) -> Result<Finding, Error> {
     let [receiver, sharer, c2c, closed, open, swap] = &answers[..] else {
         unreachable!("an answer for each mode")
     };
-    let few: Vec<usize> = sample.iter().take(FEW).copied().collect();
+    let few: Vec<usize> = sample.iter().step_by(sample.len().div_ceil(FEW).max(1)).copied().collect();
     let weights = Weights::of(probe, &few)?;
     let mut signs = vec![
         alignment(probe, &sample)?,
         measurement(receiver, closed),
-        below(probe, &sample, receiver, c2c, open)?,
+        below(probe, &few, receiver, c2c, open)?,
         shut(probe),
         light(probe, &weights, &few)?,
         communication(receiver, c2c, swap),
@@ -190,7 +190,7 @@ fn measurement(receiver: &Answers, closed: &Answers) -> Sign {
 /// Accuracy below the Receiver's, and which of gates and projections it comes from.
 fn below(
     probe: &mut Probe,
-    sample: &[usize],
+    few: &[usize],
     receiver: &Answers,
     c2c: &Answers,
     open: &Answers,
@@ -209,10 +209,14 @@ fn below(
     );
     let mut advice = "look at the alignment first, then at gates".to_owned();
     if found {
-        let swept = sweep_gates(probe, sample)?;
+        let swept = sweep_gates(probe, few)?;
         let worst = (0..swept.single.len()).min_by_key(|&layer| swept.single[layer].count()).unwrap_or(0);
         let rates: Vec<String> = swept.single.iter().map(|scored| percent(scored.rate())).collect();
-        evidence += &format!("; one layer open at a time, from layer 0: {}", rates.join(", "));
+        evidence += &format!(
+            "; one layer open at a time, from layer 0, {} questions: {}",
+            few.len(),
+            rates.join(", ")
+        );
         advice = format!(
             "where the alignment is sound it is the fuser: layer {worst} harms most by itself; try --gates without it, or train longer"
         );
