@@ -1,9 +1,10 @@
-//! What the programs have in common: flags, the bar that shows models load, how errors are told.
+//! What the programs have in common: flags, bars, how errors are told.
 
 use crate::{
     align::{Alignment, LayerMapping},
     backend::DeviceChoice,
     builtin,
+    eval::Watcher,
     fuser::{FusionMode, GateOverride},
     hub,
     pipeline::{ComputeType, FuserChoice},
@@ -14,7 +15,8 @@ use std::{
     io::{self, IsTerminal},
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Mutex,
+    sync::{Mutex, OnceLock},
+    time::{Duration, Instant},
 };
 
 /// `--receiver`, `--sharer`, `--fuser`.
@@ -110,6 +112,65 @@ impl Drop for LoadingBar {
     fn drop(&mut self) {
         if let Ok(Some(bar)) = self.0.get_mut() {
             bar.finish_and_clear();
+        }
+    }
+}
+
+/// What is asked, as it goes: a bar where there is a terminal, lines elsewhere.
+#[derive(Default)]
+pub struct Screen {
+    bar: OnceLock<ProgressBar>,
+    terminal: bool,
+    last: Mutex<Option<Instant>>,
+    loaded: Mutex<Option<PathBuf>>,
+}
+
+impl Screen {
+    pub fn new() -> Screen {
+        Screen { terminal: io::stderr().is_terminal(), ..Screen::default() }
+    }
+
+    /// Takes the bar away.
+    pub fn clear(&self) {
+        if let Some(bar) = self.bar.get() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Watcher for Screen {
+    fn say(&self, text: &str) {
+        match self.bar.get() {
+            Some(bar) if self.terminal => bar.suspend(|| eprintln!("{text}")),
+            _ => eprintln!("{text}"),
+        }
+    }
+
+    fn loading(&self, path: &Path, done: u64, total: u64) {
+        let mut loaded = self.loaded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if done == total && loaded.as_deref() != Some(path) {
+            *loaded = Some(path.into());
+            self.say(&format!("loaded {} ({:.1} MB)", path.display(), total as f64 / 1e6));
+        }
+    }
+
+    fn progress(&self, done: usize, total: usize, accuracy: &str) {
+        if self.terminal {
+            let bar = self.bar.get_or_init(|| {
+                // The template is fixed and known to be good.
+                let style = ProgressStyle::with_template("{bar:20} {pos}/{len} {eta} left · {wide_msg}")
+                    .unwrap_or_else(|_| ProgressStyle::default_bar());
+                ProgressBar::new(0).with_style(style)
+            });
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+            bar.set_message(accuracy.to_owned());
+            return;
+        }
+        let Ok(mut last) = self.last.lock() else { return };
+        if done == total || last.is_none_or(|last| last.elapsed() > Duration::from_secs(10)) {
+            *last = Some(Instant::now());
+            eprintln!("{done}/{total} {accuracy}");
         }
     }
 }

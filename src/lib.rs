@@ -34,6 +34,8 @@ pub mod train;
 
 pub mod eval;
 
+pub mod analysis;
+
 pub mod serve;
 
 pub mod command;

@@ -5,6 +5,16 @@ use crate::tokenizer::{Error, Tokenizer};
 use serde::Serialize;
 use std::{collections::HashMap, fmt, ops::Range};
 
+/// Texts of several scripts, as people write them.
+pub const TEXTS: [&str; 6] = [
+    "In which country is Grenoble: A Spain, B Poland, C Greece, D France?",
+    "The quick brown fox jumps over the lazy dog, 3.14159 times.",
+    "def mean(xs: list[float]) -> float:\n    return sum(xs) / len(xs)\n",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.",
+    "Съешь же ещё этих мягких французских булок, да выпей чаю.",
+    "北京是中国的首都。東京は日本の首都です。🙂",
+];
+
 /// What [`measure`] found.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct AlignmentReport {

@@ -1,26 +1,23 @@
 //! `evaluate`: questions, modes, controls, costs. Parses, calls the library, prints.
 
 use c2c::{
-    command::{self, FusingFlags, MachineFlags, NamedModels},
+    command::{self, FusingFlags, MachineFlags, NamedModels, Screen},
     eval::{
-        self, Method, Mode, Options, Places, PromptTemplate, Task, Watcher,
+        self, Method, Mode, Options, Places, PromptTemplate, Task,
         preset::{self, Preset},
         report,
     },
     pipeline::{FuserChoice, Overlap, SessionOptions},
 };
 use clap::{Parser, Subcommand};
-use indicatif::{ProgressBar, ProgressStyle};
 use std::{
     error::Error,
-    io::IsTerminal,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
 };
 
 /// Measure what a pair of models answers right, alone, by text and by C2C, with controls that say why.
@@ -119,51 +116,6 @@ enum Command {
         #[arg(long, default_value = report::HTML, value_name = "FILE.html")]
         out: PathBuf,
     },
-}
-
-/// A bar where there is a terminal, lines elsewhere.
-struct Screen {
-    bar: OnceLock<ProgressBar>,
-    terminal: bool,
-    last: Mutex<Option<Instant>>,
-    loaded: Mutex<Option<PathBuf>>,
-}
-
-impl Watcher for Screen {
-    fn say(&self, text: &str) {
-        match self.bar.get() {
-            Some(bar) if self.terminal => bar.suspend(|| eprintln!("{text}")),
-            _ => eprintln!("{text}"),
-        }
-    }
-
-    fn loading(&self, path: &Path, done: u64, total: u64) {
-        let mut loaded = self.loaded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if done == total && loaded.as_deref() != Some(path) {
-            *loaded = Some(path.into());
-            self.say(&format!("loaded {} ({:.1} MB)", path.display(), total as f64 / 1e6));
-        }
-    }
-
-    fn progress(&self, done: usize, total: usize, accuracy: &str) {
-        if self.terminal {
-            let bar = self.bar.get_or_init(|| {
-                // The template is fixed and known to be good.
-                let style = ProgressStyle::with_template("{bar:20} {pos}/{len} {eta} left · {wide_msg}")
-                    .unwrap_or_else(|_| ProgressStyle::default_bar());
-                ProgressBar::new(0).with_style(style)
-            });
-            bar.set_length(total as u64);
-            bar.set_position(done as u64);
-            bar.set_message(accuracy.to_owned());
-            return;
-        }
-        let Ok(mut last) = self.last.lock() else { return };
-        if done == total || last.is_none_or(|last| last.elapsed() > Duration::from_secs(10)) {
-            *last = Some(Instant::now());
-            eprintln!("{done}/{total} {accuracy}");
-        }
-    }
 }
 
 /// What the built-in pair is asked without arguments.
@@ -268,16 +220,9 @@ fn start(args: &Args) -> Result<(), Box<dyn Error>> {
     if let Err(error) = handler {
         log::warn!("Ctrl-C cannot be caught: {error}");
     }
-    let screen = Screen {
-        bar: OnceLock::new(),
-        terminal: std::io::stderr().is_terminal(),
-        last: Mutex::new(None),
-        loaded: Mutex::new(None),
-    };
+    let screen = Screen::new();
     let summary = eval::run(&options(args)?, &screen, &stop)?;
-    if let Some(bar) = screen.bar.get() {
-        bar.finish_and_clear();
-    }
+    screen.clear();
     print!("{}", report::text(&summary));
     Ok(())
 }

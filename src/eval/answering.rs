@@ -21,7 +21,7 @@ use std::{collections::HashMap, rc::Rc, time::Instant};
 type Known = Rc<(Answered, [f64; router::FEATURES])>;
 
 /// Asks one question after the other; what several modes need of a question is computed once.
-pub(super) struct Asker<'a> {
+pub(crate) struct Asker<'a> {
     options: &'a Options,
     questions: &'a Questions,
     models: &'a mut Models,

@@ -17,19 +17,25 @@ pub enum Ground {
     Page,
 }
 
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-type Drawn = Result<(), Box<dyn std::error::Error>>;
+pub(crate) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub(crate) type Drawn = Result<(), Box<dyn std::error::Error>>;
 
-const WIDTH: i32 = 440;
-const INK: RGBColor = RGBColor(40, 40, 40);
+/// Of most figures, in pixels.
+pub(crate) const WIDTH: i32 = 440;
+pub(crate) const INK: RGBColor = RGBColor(40, 40, 40);
 /// Ways to answer, and controls; readable on white and on black.
-const MODE: RGBColor = RGBColor(60, 125, 205);
-const CONTROL: RGBColor = RGBColor(150, 150, 150);
+pub(crate) const MODE: RGBColor = RGBColor(60, 125, 205);
+pub(crate) const CONTROL: RGBColor = RGBColor(150, 150, 150);
 
-fn drawn(height: i32, ground: Ground, draw: impl FnOnce(&Area) -> Drawn) -> Result<String, FigureError> {
+/// The figure of `width` × `height` pixels that `draw` draws.
+pub(crate) fn drawn(
+    (width, height): (i32, i32),
+    ground: Ground,
+    draw: impl FnOnce(&Area) -> Drawn,
+) -> Result<String, FigureError> {
     let mut svg = String::new();
     {
-        let area = SVGBackend::with_string(&mut svg, (WIDTH as u32, height as u32)).into_drawing_area();
+        let area = SVGBackend::with_string(&mut svg, (width as u32, height as u32)).into_drawing_area();
         let begin = if ground == Ground::White { area.fill(&WHITE).map_err(Box::from) } else { Ok(()) };
         begin
             .and_then(|()| draw(&area))
@@ -42,18 +48,40 @@ fn drawn(height: i32, ground: Ground, draw: impl FnOnce(&Area) -> Drawn) -> Resu
     })
 }
 
-fn label(size: i32) -> TextStyle<'static> {
+pub(crate) fn label(size: i32) -> TextStyle<'static> {
     TextStyle::from(("sans-serif", size)).color(&INK)
+}
+
+/// A rate with its interval.
+pub(crate) struct Bar {
+    pub name: String,
+    pub rate: f64,
+    pub low: f64,
+    pub high: f64,
+    /// Drawn grey: something to compare with.
+    pub quiet: bool,
 }
 
 /// A bar a mode, with its interval.
 pub fn accuracy(rows: &[&Row], ground: Ground) -> Result<String, FigureError> {
+    let bar = |row: &&Row| Bar {
+        name: row.mode.clone(),
+        rate: row.accuracy(),
+        low: row.low,
+        high: row.high,
+        quiet: row.control,
+    };
+    bars(&rows.iter().map(bar).collect::<Vec<_>>(), ground)
+}
+
+/// Bars of rates, one below the other.
+pub(crate) fn bars(rows: &[Bar], ground: Ground) -> Result<String, FigureError> {
     const LEFT: i32 = 112;
     const RIGHT: i32 = WIDTH - 62;
     const STEP: i32 = 24;
     let x = |rate: f64| LEFT + (f64::from(RIGHT - LEFT) * rate).round() as i32;
     let height = 34 + STEP * rows.len() as i32;
-    drawn(height, ground, |area| {
+    drawn((WIDTH, height), ground, |area| {
         let bottom = height - 26;
         for tenth in [0, 25, 50, 75, 100] {
             let at = x(f64::from(tenth) / 100.0);
@@ -63,15 +91,15 @@ pub fn accuracy(rows: &[&Row], ground: Ground) -> Result<String, FigureError> {
         }
         for (row, number) in rows.iter().zip(0..) {
             let y = 8 + STEP * number;
-            let colour = if row.control { CONTROL } else { MODE };
-            area.draw(&Text::new(row.mode.clone(), (4, y), label(16)))?;
-            area.draw(&Rectangle::new([(LEFT, y), (x(row.accuracy()), y + 14)], colour.filled()))?;
+            let colour = if row.quiet { CONTROL } else { MODE };
+            area.draw(&Text::new(row.name.clone(), (4, y), label(16)))?;
+            area.draw(&Rectangle::new([(LEFT, y), (x(row.rate), y + 14)], colour.filled()))?;
             let (low, high, middle) = (x(row.low), x(row.high), y + 7);
             area.draw(&PathElement::new([(low, middle), (high, middle)], INK.stroke_width(1)))?;
             for end in [low, high] {
                 area.draw(&PathElement::new([(end, middle - 4), (end, middle + 4)], INK.stroke_width(1)))?;
             }
-            let value = format!("{:.1} %", 100.0 * row.accuracy());
+            let value = format!("{:.1} %", 100.0 * row.rate);
             area.draw(&Text::new(value, (RIGHT + 10, y), label(16)))?;
         }
         Ok(())
@@ -90,7 +118,7 @@ pub fn tradeoff(rows: &[&Row], ground: Ground) -> Result<Option<String>, FigureE
         return Ok(None);
     }
     let slowest = points.iter().map(|(time, _, _)| *time).fold(0.0, f64::max);
-    let svg = drawn(300, ground, |area| {
+    let svg = drawn((WIDTH, 300), ground, |area| {
         let mut chart = ChartBuilder::on(area)
             .margin(10)
             .margin_right(20)

@@ -6,22 +6,22 @@
 //!
 //! [`task`] says what is asked, [`mode`] who answers, [`run`] does it, [`results`] and [`report`] say what came out.
 
-mod answering;
+pub(crate) mod answering;
 pub mod asking;
 pub mod extract;
-mod figures;
+pub(crate) mod figures;
 pub mod items;
 pub mod math;
 pub mod mode;
-mod page;
-mod pair;
+pub(crate) mod page;
+pub(crate) mod pair;
 pub mod preset;
-mod questions;
+pub(crate) mod questions;
 pub mod report;
 pub mod results;
 mod router;
 pub mod run;
-mod samples;
+pub(crate) mod samples;
 pub mod statistics;
 pub mod task;
 

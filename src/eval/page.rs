@@ -20,7 +20,7 @@ th{font-weight:600}tr.control td{opacity:.75}tr.control td:first-child{opacity:1
 .quiet{font-size:.875rem;opacity:.8}pre{overflow-x:auto;font-size:.8rem}
 nav a{margin-right:1rem}";
 
-fn escaped(text: &str) -> String {
+pub(crate) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
@@ -96,17 +96,22 @@ fn subjects(rows: &[&Row]) -> String {
     html + "</tbody></table></div></details>\n"
 }
 
+/// The beginning of a page.
+pub(crate) fn begun(title: &str) -> String {
+    format!(
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content=\"width=device-width,initial-scale=1\">\n\
+         <title>{0}</title><style>{STYLE}</style></head><body>\n<h1>{0}</h1>\n",
+        escaped(title)
+    )
+}
+
 /// The page.
 pub fn html(summaries: &[Summary]) -> Result<String, Error> {
     let title = match summaries {
         [one] => one.title.clone(),
         all => format!("{} evaluations", all.len()),
     };
-    let mut html = format!(
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content=\"width=device-width,initial-scale=1\">\n\
-         <title>{0}</title><style>{STYLE}</style></head><body>\n<h1>{0}</h1>\n",
-        escaped(&title)
-    );
+    let mut html = begun(&title);
     if summaries.len() > 1 {
         html += &comparison(summaries);
     }

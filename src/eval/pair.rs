@@ -14,8 +14,8 @@ use crate::{
     fuser::{GateOverride, Gates},
     model::Goal,
     pipeline::{
-        Generation, Lane, Link, Model, Prompt, Session, SessionOptions, SharerPrompt, Stream, WantedLogits,
-        generate,
+        Generation, Lane, Link, Model, Observation, Prompt, Session, SessionOptions, SharerPrompt, Stream,
+        WantedLogits, generate,
     },
     tokenizer::{Message, Tokenizer},
     train::{Piece, PromptStore},
@@ -303,6 +303,30 @@ impl Pair {
             tokens: 0,
         };
         Ok(Prompted { logits, cost, started, before, who: Who::Fused })
+    }
+
+    /// What is left of the last prompt that was fused: fused pages, and the Sharers'.
+    pub fn link(&self) -> Option<&Link> {
+        self.link.as_ref()
+    }
+
+    /// The weights that the fusers give to the columns of a prompt, one observation a Sharer.
+    pub fn observe(&mut self, prompt: &Prompt) -> Result<Vec<Observation>, Error> {
+        self.make_link(prompt, 0)?;
+        let link = self.link.as_mut().expect("it was just made");
+        link.gates = self.session.gates.clone();
+        link.forget();
+        Ok(Observation::of(link, prompt)?)
+    }
+
+    /// What each layer's attention says of the last section of a prompt, `[tokens, heads · head_dim]`, on the cache that was fused last,
+    /// which is of the same prompt.
+    pub fn attention(&mut self, prompt: &Prompt) -> Result<Vec<Vec<f32>>, Error> {
+        let link = self.link.as_mut().ok_or(Error::NoReceiver)?;
+        let last = prompt.sections.last().map_or(0, |section| section.len);
+        let start = prompt.ids.len() - last;
+        link.receiver.truncate(start, prompt.positions[start]);
+        Ok(link.receiver.append_attending(&prompt.ids[start..], &prompt.positions[start..])?)
     }
 
     /// Generates what follows a prompt.

@@ -11,7 +11,7 @@ use crate::{pipeline::t2t, tokenizer::Message};
 use std::{collections::HashMap, path::PathBuf};
 
 /// The questions of one task as they are asked.
-pub(super) struct Questions {
+pub(crate) struct Questions {
     pub task: Task,
     pub sha256: String,
     pub items: Vec<Item>,
@@ -41,7 +41,7 @@ fn evenly<T>(all: Vec<T>, n: usize) -> Vec<T> {
 }
 
 impl Questions {
-    pub(super) fn load(options: &Options, task: &Task) -> Result<Questions, Error> {
+    pub(crate) fn load(options: &Options, task: &Task) -> Result<Questions, Error> {
         let path = options.places.questions(task)?;
         let Items { items, excluded } = Items::load(task, &path)?;
         if items.is_empty() {
@@ -90,7 +90,7 @@ impl Questions {
     }
 
     /// Renders prompts, and takes out what is longer than a model's context.
-    pub(super) fn prepare(&mut self, options: &Options, models: &Models) -> Result<(), Error> {
+    pub(crate) fn prepare(&mut self, options: &Options, models: &Models) -> Result<(), Error> {
         let session = &models.pair.session;
         let parties: Vec<Who> = session
             .receiver
@@ -211,7 +211,7 @@ impl Questions {
 }
 
 /// Where a model's letters are kept.
-pub(super) fn key(who: Who) -> usize {
+pub(crate) fn key(who: Who) -> usize {
     match who {
         Who::Sharer(index) => index + 1,
         _ => 0,

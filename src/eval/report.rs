@@ -92,8 +92,14 @@ pub fn by_task(rows: &[Row]) -> Vec<(&str, Vec<&Row>)> {
 pub fn table(rows: &[&Row]) -> String {
     let mut lines: Vec<Vec<String>> = vec![COLUMNS.map(String::from).to_vec()];
     lines.extend(rows.iter().map(|row| cells(row).to_vec()));
+    aligned(&lines)
+}
+
+/// A Markdown table of `lines`, the heads first, whose columns also line up on a terminal.
+pub(crate) fn aligned(lines: &[Vec<String>]) -> String {
+    let columns = lines.first().map_or(0, Vec::len);
     let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..COLUMNS.len()).map(width).collect();
+    let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut text = String::new();
     for (number, line) in lines.iter().enumerate() {
         for (column, cell) in line.iter().enumerate() {

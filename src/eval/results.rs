@@ -126,7 +126,8 @@ impl Manifest {
     }
 }
 
-fn file_name(task: &str) -> String {
+/// A task as file names spell it.
+pub(crate) fn file_name(task: &str) -> String {
     task.replace(|c: char| !c.is_alphanumeric() && !matches!(c, '_' | '-' | '.'), "_")
 }
 

@@ -89,7 +89,7 @@ pub fn run(options: &Options, watcher: &dyn Watcher, stop: &AtomicBool) -> Resul
 }
 
 impl Options {
-    fn check(&self) -> Result<(), Error> {
+    pub(crate) fn check(&self) -> Result<(), Error> {
         let given = self.session.sharers.len();
         for mode in &self.modes {
             if mode.sharers() > given {
@@ -113,7 +113,7 @@ impl Options {
         Ok(())
     }
 
-    pub(super) fn method(&self, task: &Task) -> Method {
+    pub(crate) fn method(&self, task: &Task) -> Method {
         match self.chain_of_thought {
             true => Method::Generate,
             false => self.method.unwrap_or(task.method),
@@ -121,7 +121,7 @@ impl Options {
     }
 
     /// What an answer begins with: nothing where it is generated, unless asked for.
-    pub(super) fn response(&self, task: &Task) -> String {
+    pub(crate) fn response(&self, task: &Task) -> String {
         match (&self.response, self.method(task)) {
             (Some(response), _) => response.clone(),
             (None, Method::Logits) => task.response.clone(),
@@ -151,13 +151,13 @@ impl Options {
 }
 
 /// The models of all modes.
-pub(super) struct Models {
+pub(crate) struct Models {
     pub pair: Pair,
     pub identical: Option<Pair>,
 }
 
 impl Models {
-    fn open(
+    pub(crate) fn open(
         options: &Options,
         backend: &std::sync::Arc<dyn backend::Backend>,
         watcher: &dyn Watcher,
@@ -198,7 +198,7 @@ impl Models {
     }
 
     /// What results say of the models.
-    fn described(&self) -> Value {
+    pub(crate) fn described(&self) -> Value {
         let party = |model: &crate::pipeline::Model| serde_json::to_value(model.party()).unwrap_or_default();
         let session = &self.pair.session;
         json!({
@@ -318,6 +318,6 @@ fn fit_router(
 }
 
 /// Writes a text file, whole or not at all.
-pub(super) fn write_text(path: &Path, text: &str) -> Result<(), WriteError> {
+pub(crate) fn write_text(path: &Path, text: &str) -> Result<(), WriteError> {
     durable::write(path, |out| out.write_all(text.as_bytes()).map_err(WriteError::at(path)))
 }

@@ -112,6 +112,25 @@ impl Sample {
     }
 }
 
+/// The whole lines of a file, and their length in bytes.
+pub fn read(path: &Path) -> Result<(Vec<Sample>, usize), Error> {
+    let bytes = fs::read(path).map_err(Error::read(path))?;
+    let whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+    let mut samples = Vec::new();
+    for (index, line) in bytes[..whole].split(|&byte| byte == b'\n').enumerate() {
+        if line.is_empty() {
+            continue;
+        }
+        let sample: Sample = serde_json::from_slice(line).map_err(|error| Error::Samples {
+            path: path.into(),
+            line: index + 1,
+            problem: error.to_string(),
+        })?;
+        samples.push(sample.light());
+    }
+    Ok((samples, whole))
+}
+
 /// The samples of one mode and task.
 pub struct SampleFile {
     path: PathBuf,
@@ -123,23 +142,7 @@ pub struct SampleFile {
 impl SampleFile {
     /// Reads what is there; a torn last line is cut off.
     pub fn open(path: &Path) -> Result<SampleFile, Error> {
-        let mut samples = Vec::new();
-        let mut whole = 0;
-        if path.exists() {
-            let bytes = fs::read(path).map_err(Error::read(path))?;
-            whole = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-            for (index, line) in bytes[..whole].split(|&byte| byte == b'\n').enumerate() {
-                if line.is_empty() {
-                    continue;
-                }
-                let sample: Sample = serde_json::from_slice(line).map_err(|error| Error::Samples {
-                    path: path.into(),
-                    line: index + 1,
-                    problem: error.to_string(),
-                })?;
-                samples.push(sample.light());
-            }
-        }
+        let (samples, whole) = if path.exists() { read(path)? } else { Default::default() };
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(WriteError::at(path))?;
         file.set_len(whole as u64).map_err(WriteError::at(path))?;
         Ok(SampleFile { path: path.into(), file, samples })

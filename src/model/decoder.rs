@@ -85,6 +85,11 @@ impl Activations {
         self.extent
     }
 
+    /// `[rows, heads · head_dim]`: what the attention of the layer that ran last left in the first rows, before its output map.
+    pub fn attention(&self, rows: usize) -> Tensor {
+        first(&self.attention, rows)
+    }
+
     /// F32`[rows, hidden]`: the residual stream of the first rows.
     fn residual(&self, rows: usize) -> Tensor {
         first(&self.residual, rows)

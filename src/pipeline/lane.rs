@@ -167,28 +167,68 @@ impl Lane {
             let (ids, positions);
             (ids, left) = left.split_at(n);
             (positions, places) = places.split_at(n);
-            let slots = self.kv.append(&self.queue, &mut self.table, ids.len())?;
-            self.slots.extend(&slots);
-            self.ids.extend(ids);
-            self.next_position = positions.last().map_or(self.next_position, |last| last + 1);
-            let blocks = self.table.block_ids();
-            let step =
-                SequenceStep { ids, positions, slots: &slots, blocks: &blocks, context: self.slots.len() };
-            let batch = Batch::new(&self.queue, &self.decoder.config, &[step])?;
             events.clear();
-            self.decoder.forward(
-                &self.queue,
-                &batch,
-                self.kv.layers(),
-                &self.passes.activations,
-                goal,
-                |layer| before_layer(&self.queue, layer),
-                |_| events.push(self.queue.record()),
-            )?;
-            self.last_row = ids.len() - 1;
+            self.pass(ids, positions, goal, &before_layer, |lane, _| events.push(lane.queue.record()))?;
             after_pass(self, ids.len())?;
         }
         Ok(events)
+    }
+
+    /// Appends `ids` at `positions` and returns what the attention of each layer says of them, before its output map:
+    /// `[tokens, heads · head_dim]` a layer. Waits for the device in every layer.
+    pub fn append_attending(&mut self, ids: &[u32], positions: &[u32]) -> Result<Vec<Vec<f32>>, Error> {
+        let mut said = vec![Vec::new(); self.kv.layers().len()];
+        let (mut left, mut places) = (ids, positions);
+        while !left.is_empty() {
+            let n = piece(left.len(), self.pass_capacity().min(MAX_PASS));
+            let (ids, positions);
+            (ids, left) = left.split_at(n);
+            (positions, places) = places.split_at(n);
+            let mut failed = None;
+            self.pass(
+                ids,
+                positions,
+                Goal::Hidden,
+                |_, _| {},
+                |lane, layer| {
+                    let rows = lane.passes.activations.attention(n);
+                    match lane.queue.download_f32(&rows) {
+                        Ok(rows) => said[layer].extend(rows),
+                        Err(error) => failed = Some(error),
+                    }
+                },
+            )?;
+            if let Some(error) = failed {
+                return Err(error.into());
+            }
+        }
+        Ok(said)
+    }
+
+    /// One pass over `ids`; `cached(lane, l)` is called where layer l's cache is written and read.
+    fn pass(
+        &mut self,
+        ids: &[u32],
+        positions: &[u32],
+        goal: Goal,
+        before_layer: impl Fn(&Queue, usize),
+        mut cached: impl FnMut(&Lane, usize),
+    ) -> Result<(), Error> {
+        let slots = self.take(ids, positions)?;
+        let blocks = self.table.block_ids();
+        let step = SequenceStep { ids, positions, slots: &slots, blocks: &blocks, context: self.slots.len() };
+        let batch = Batch::new(&self.queue, &self.decoder.config, &[step])?;
+        self.decoder.forward(
+            &self.queue,
+            &batch,
+            self.kv.layers(),
+            &self.passes.activations,
+            goal,
+            |layer| before_layer(&self.queue, layer),
+            |layer| cached(self, layer),
+        )?;
+        self.last_row = ids.len() - 1;
+        Ok(())
     }
 
     /// Takes slots for `ids` at `positions`, whose keys and values somebody else writes there: [`Lane::pass_over`] runs

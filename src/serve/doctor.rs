@@ -4,7 +4,10 @@
 //! the Sharer read what the Receiver reads (see [`crate::align::report`]). Everything is looked at, whatever fails first.
 
 use crate::{
-    align::{Aligner, Alignment, ChatOptions, LayerMapping, report},
+    align::{
+        Aligner, Alignment, ChatOptions, LayerMapping,
+        report::{self, TEXTS},
+    },
     backend::{self, Backend, DeviceChoice, Precision},
     fuser::{Fuser, GateOverride, check_contract},
     pipeline::{FuserChoice, Model, Prompt},
@@ -65,16 +68,6 @@ impl Checkup {
         items.map(|item| item.verdict).max().unwrap_or(Verdict::Fits)
     }
 }
-
-/// Texts of several scripts, as people write them.
-const TEXTS: [&str; 6] = [
-    "In which country is Grenoble: A Spain, B Poland, C Greece, D France?",
-    "The quick brown fox jumps over the lazy dog, 3.14159 times.",
-    "def mean(xs: list[float]) -> float:\n    return sum(xs) / len(xs)\n",
-    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.",
-    "Съешь же ещё этих мягких французских булок, да выпей чаю.",
-    "北京是中国的首都。東京は日本の首都です。🙂",
-];
 
 /// Looks at everything. Models are opened on the CPU, whatever device will serve them.
 ///
