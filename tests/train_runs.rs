@@ -156,6 +156,67 @@ fn sharers_caches_on_disk_change_nothing_but_the_work() {
 }
 
 #[test]
+fn a_part_of_the_prompt_is_learned_in_standardised_coordinates() {
+    let place = Place::new("fuser");
+    let part = ["--set", "fraction=back:0.5", "--set", "fuser.standardize=true"];
+    let run = |out: &str, more: &[&str]| {
+        let output = place.train(out, &[&part[..], more].concat());
+        assert!(output.status.success(), "{}", told(&output));
+        (updates(&place.path(out)), trained(&place.path(out), "fuser.safetensors"), told(&output))
+    };
+    let whole = run("whole", &[]);
+    // Both models' caches on disk: one file a prompt and model, and the same numbers.
+    let kept = place.path("kept");
+    let receiver = format!("cache_receiver={kept:?}");
+    let keep = ["--cache-sharer", kept.to_str().unwrap(), "--set", &receiver];
+    let cold = run("cold", &keep);
+    let files = fs::read_dir(&kept).unwrap().count();
+    let warm = run("warm", &keep);
+    assert_eq!((&whole.0, &whole.1), (&cold.0, &cold.1));
+    assert_eq!((&whole.0, &whole.1), (&warm.0, &warm.1));
+    assert_eq!(fs::read_dir(&kept).unwrap().count(), files);
+    let missing = |said: &str| {
+        said.split("to be computed once: ").nth(1).unwrap().split(',').next().unwrap().to_owned()
+    };
+    assert_eq!((missing(&cold.2), missing(&warm.2)), ("48".into(), "0".into()));
+
+    // Moments are of the data, so a resumption finds them again.
+    let output = resume(&place.path("cold/checkpoint-5"));
+    assert!(output.status.success(), "{}", told(&output));
+    assert_eq!(
+        (&whole.0, &whole.1),
+        (&updates(&place.path("cold")), &trained(&place.path("cold"), "fuser.safetensors"))
+    );
+
+    // What the coordinates change is the updates, not what is computed: the first loss differs by the first weights alone.
+    let raw = place.train("raw", &part[..2]);
+    assert!(raw.status.success(), "{}", told(&raw));
+    assert_ne!(updates(&place.path("raw")), whole.0);
+
+    // The fuser remembers its part, and inference can be told otherwise.
+    let fused = |more: &[&str]| -> u64 {
+        let answer = Command::new(env!("CARGO_BIN_EXE_generate"))
+            .args(["--receiver", &model("receiver"), "--sharer", &model("sharer"), "--fuser"])
+            .arg(place.path("whole/final"))
+            .args([
+                "--prompt",
+                "Which number is 3, and which comes behind it?",
+                "--max-new-tokens",
+                "1",
+                "--json",
+            ])
+            .args(more)
+            .output()
+            .unwrap();
+        assert!(answer.status.success(), "{}", told(&answer));
+        let answer: serde_json::Value = serde_json::from_slice(&answer.stdout).unwrap();
+        answer["fused_tokens"].as_u64().unwrap()
+    };
+    let all = fused(&["--fraction", "1"]);
+    assert_eq!(fused(&[]), all / 2);
+}
+
+#[test]
 fn what_is_trained_can_be_said_on_the_command_line() {
     // The sharers of the configuration play no part then.
     let place = Place::new("fuser");
@@ -372,7 +433,7 @@ fn bad_input_is_told() {
     let alone = |what: &str, receiver: &str| {
         vec![format!("what={what}"), "sharers=[]".into(), format!("receiver={:?}", place.path(receiver))]
     };
-    let cases: [(Vec<String>, &str); 10] = [
+    let cases: [(Vec<String>, &str); 14] = [
         (alone("model", "rows.jsonl"), "Hugging Face folder"),
         (alone("lora", "absent.gguf"), "absent.gguf"),
         (vec![data("empty.jsonl")], "no row"),
@@ -382,6 +443,10 @@ fn bad_input_is_told() {
         (vec!["length.max_length=4".into()], "no sample"),
         (vec!["length.max_length=4".into(), "length.too_long=error".into()], "max_length"),
         (vec!["what=lora".into()], "sharers"),
+        (vec!["fraction=middle:1".into()], "middle:1"),
+        (vec!["fraction=back:0.001".into()], "back:0.001"),
+        (vec!["fraction=0.5".into(), "include_response=true".into()], "fraction"),
+        (vec!["fuser.standardize=true".into(), "fuser.kind=ridge".into()], "standardize"),
         (vec!["optimizer.learning_rate=1e30".into(), "optimizer.clip=0".into()], "not a number"),
     ];
     for (settings, word) in cases {

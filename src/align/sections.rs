@@ -83,7 +83,7 @@ impl FromStr for Portion {
 
 /// `--fraction`: how much of what would be fused is, and from which end. In files as on the command line: `"back:0.1"`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[serde(try_from = "Written", into = "String")]
 pub struct Fraction {
     share: f64,
     portion: Portion,
@@ -168,11 +168,22 @@ impl fmt::Display for Fraction {
     }
 }
 
-impl TryFrom<String> for Fraction {
+/// As a file may have it.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Share(f64),
+    Text(String),
+}
+
+impl TryFrom<Written> for Fraction {
     type Error = BadFraction;
 
-    fn try_from(text: String) -> Result<Self, BadFraction> {
-        text.parse()
+    fn try_from(written: Written) -> Result<Self, BadFraction> {
+        match written {
+            Written::Share(share) => Fraction::new(share, Portion::Front),
+            Written::Text(text) => text.parse(),
+        }
     }
 }
 

@@ -66,11 +66,12 @@ pub fn best_choice(logits: &[f32], letters: &[u32], choices: usize) -> usize {
     best.fold((0, f32::NEG_INFINITY), |best, next| if next.1 > best.1 { next } else { best }).0
 }
 
-/// Lets the sharers read `other` in the place of what they read: a receiver's token takes the column of the same number, or the last.
+/// Lets the sharers read `other` in the place of what they read: a receiver's token takes the column that is as far from the end, where
+/// prompts of a kind are alike, or the first.
 pub fn swap(own: &mut Prompt, other: &Prompt) {
     for (own, other) in own.sharers.iter_mut().zip(&other.sharers) {
-        let last = other.ids.len().saturating_sub(1) as u32;
-        own.columns.iter_mut().flatten().for_each(|column| *column = last.min(*column));
+        let (ours, theirs) = (own.ids.len() as u32, other.ids.len() as u32);
+        own.columns.iter_mut().flatten().for_each(|column| *column = (*column + theirs).saturating_sub(ours));
         own.ids.clone_from(&other.ids);
         own.positions.clone_from(&other.positions);
     }

@@ -31,7 +31,8 @@ macro_rules! presets {
     };
 }
 
-const PRESETS: [(&str, &str); 4] = presets!["builtin", "builtin-receiver", "builtin-sharer", "published"];
+const PRESETS: [(&str, &str); 5] =
+    presets!["builtin", "builtin-receiver", "builtin-sharer", "choice", "published"];
 
 /// What `--preset` knows.
 pub fn preset_names() -> impl Iterator<Item = &'static str> {
