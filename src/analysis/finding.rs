@@ -113,11 +113,11 @@ fn shown(value: &Value) -> String {
 pub fn digits(number: f64) -> String {
     match number.abs() {
         0.0 => "0".into(),
-        size if size >= 1e6 || size < 1e-4 => format!("{number:.2e}"),
-        size => {
+        size if (1e-4..1e6).contains(&size) => {
             let whole = size.log10().floor().max(0.0) as usize;
             format!("{number:.*}", 3usize.saturating_sub(whole))
         }
+        _ => format!("{number:.2e}"),
     }
 }
 
