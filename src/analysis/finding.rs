@@ -109,7 +109,7 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// A number in words, with four digits.
+/// A number in words: four digits, of a small one three decimals.
 pub fn digits(number: f64) -> String {
     match number.abs() {
         0.0 => "0".into(),
@@ -231,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_have_four_digits() {
+    fn numbers_are_short() {
         for (number, said) in [
             (0.0, "0"),
             (1.0, "1.000"),
