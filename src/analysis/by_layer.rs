@@ -103,13 +103,11 @@ const COUNTS: [usize; 10] = [1, 2, 5, 10, 15, 20, 25, 30, 40, 60];
 /// Layers to which a thing is done.
 pub(super) type Set = Vec<bool>;
 
+/// Does it to the layers of each set in turn, and tells whether each answer to a question is right.
+type Ask<'a> = dyn FnMut(usize, &[Set]) -> Result<Vec<bool>, Error> + 'a;
+
 /// Asks every question of `sample` with each of the sets, all sets of a question at once.
-fn asked(
-    names: Vec<String>,
-    sets: &[Set],
-    sample: &[usize],
-    ask: &mut dyn FnMut(usize, &[Set]) -> Result<Vec<bool>, Error>,
-) -> Result<Vec<Scored>, Error> {
+fn asked(names: Vec<String>, sets: &[Set], sample: &[usize], ask: &mut Ask) -> Result<Vec<Scored>, Error> {
     let scored = |name| Scored { name, right: Vec::new(), quiet: false };
     let mut all: Vec<Scored> = names.into_iter().map(scored).collect();
     for &index in sample {
@@ -134,13 +132,8 @@ pub(super) struct Sweep {
     pub order: Vec<usize>,
 }
 
-/// `ask(question, sets)` does it to the layers of each set in turn, and tells whether each answer is right. Best and worst layers are those
-/// of every second question of `sample`; their accuracy is that of the others, which had no say.
-pub(super) fn sweep(
-    layers: usize,
-    sample: &[usize],
-    ask: &mut dyn FnMut(usize, &[Set]) -> Result<Vec<bool>, Error>,
-) -> Result<Sweep, Error> {
+/// Best and worst layers are those of every second question of `sample`; their accuracy is that of the others, which had no say.
+pub(super) fn sweep(layers: usize, sample: &[usize], ask: &mut Ask) -> Result<Sweep, Error> {
     let with = |chosen: &[usize]| -> Set { (0..layers).map(|layer| chosen.contains(&layer)).collect() };
     let every: Vec<usize> = (0..layers).collect();
     let names = every.iter().map(|layer| format!("layer {layer}")).chain(["none".into(), "all".into()]);

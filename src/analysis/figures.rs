@@ -102,8 +102,10 @@ fn square(
 /// As many digits as an axis needs.
 fn number(value: f64) -> String {
     let text = format!("{value:.3}");
-    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
-    text.to_owned()
+    match text.trim_end_matches('0').trim_end_matches('.') {
+        "-0" => "0".into(),
+        text => text.into(),
+    }
 }
 
 /// A line over the layers.

@@ -109,15 +109,15 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// A number in words, with four digits.
+/// A number in words: four digits, of a small one three decimals.
 pub fn digits(number: f64) -> String {
     match number.abs() {
         0.0 => "0".into(),
-        size if size >= 1e6 || size < 1e-4 => format!("{number:.2e}"),
-        size => {
+        size if (1e-4..1e6).contains(&size) => {
             let whole = size.log10().floor().max(0.0) as usize;
             format!("{number:.*}", 3usize.saturating_sub(whole))
         }
+        _ => format!("{number:.2e}"),
     }
 }
 
@@ -231,7 +231,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_have_four_digits() {
+    fn numbers_are_short() {
         for (number, said) in [
             (0.0, "0"),
             (1.0, "1.000"),

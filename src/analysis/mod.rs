@@ -65,7 +65,7 @@ pub enum Error {
     )]
     NothingEnriched { asked: usize, reason: &'static str },
     #[error(transparent)]
-    Eval(#[from] eval::Error),
+    Eval(Box<eval::Error>),
     #[error(transparent)]
     Write(#[from] durable::WriteError),
     #[error(transparent)]
@@ -84,6 +84,14 @@ pub enum Error {
     Shape(#[from] ops::ShapeError),
     #[error(transparent)]
     Hub(#[from] hub::Error),
+    #[error("no thread for t-SNE: {0}")]
+    Thread(#[from] rayon::ThreadPoolBuildError),
+}
+
+impl From<eval::Error> for Error {
+    fn from(error: eval::Error) -> Error {
+        Error::Eval(Box::new(error))
+    }
 }
 
 /// What is asked.

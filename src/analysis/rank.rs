@@ -102,13 +102,14 @@ pub(super) fn ask(probe: &mut Probe) -> Result<Finding, Error> {
     let mut figures = Vec::new();
     let mut said = Vec::new();
     for (half, name) in HALVES.into_iter().enumerate() {
-        let rank =
-            |layer: usize, set: usize| spectra[layer][half][set].as_ref().map(Spectrum::effective_rank);
-        let by_set: Vec<Vec<Option<f64>>> =
-            (0..4).map(|set| (0..layers).map(|layer| rank(layer, set)).collect()).collect();
-        for layer in 0..layers {
-            let of = |set: usize| by_set[set][layer].map_or(json!(null), rounded);
-            let (plain, fused) = (by_set[0][layer].unwrap_or(0.0), by_set[3][layer].unwrap_or(0.0));
+        let of_layer = |own: &[[Option<Spectrum>; 4]; 2]| {
+            own[half].each_ref().map(|set| set.as_ref().map(Spectrum::effective_rank))
+        };
+        // By layer, by set.
+        let ranks: Vec<[Option<f64>; 4]> = spectra.iter().map(of_layer).collect();
+        for (layer, own) in ranks.iter().enumerate() {
+            let of = |set: usize| own[set].map_or(json!(null), rounded);
+            let (plain, fused) = (own[0].unwrap_or(0.0), own[3].unwrap_or(0.0));
             table.push([
                 json!(layer),
                 json!(name),
@@ -121,17 +122,19 @@ pub(super) fn ask(probe: &mut Probe) -> Result<Finding, Error> {
                 json!(tokens.min(theirs)),
             ]);
         }
-        let mean = |set: usize| {
-            by_set[set].iter().flatten().sum::<f64>() / by_set[set].iter().flatten().count().max(1) as f64
-        };
+        let known = |set: usize| ranks.iter().filter_map(move |own| own[set]);
+        let mean = |set: usize| known(set).sum::<f64>() / known(set).count().max(1) as f64;
         said.push(format!(
             "{name}: {} in the Receiver, {} once fused (means over {layers} layers; {} in the Sharer's layers that are read)",
             digits(mean(0)),
             digits(mean(3)),
             digits(mean(1))
         ));
-        let line =
-            |set: usize| Line { name: SETS[set].into(), colour: COLOURS[set], values: by_set[set].clone() };
+        let line = |set: usize| Line {
+            name: SETS[set].into(),
+            colour: COLOURS[set],
+            values: ranks.iter().map(|own| own[set]).collect(),
+        };
         let curves: Vec<Line> = (0..4).map(line).collect();
         let caption = format!("Effective rank of {name}");
         figures.push(Figure::new(&format!("rank_{name}"), &caption, |ground| {

@@ -33,6 +33,7 @@ pub(super) fn ask(probe: &mut Probe, tokens: usize, seed: u64) -> Result<Finding
     let mut all: Vec<[[Vec<Vec<f32>>; 3]; 2]> = (first..layers).map(|_| Default::default()).collect();
     // As many of each question: caches of all would be large.
     let quota = tokens.div_ceil(probe.sample().len().max(1));
+    let mut number = 0;
     let asked = probe.each(|caches| {
         for (layer, own) in (first..).zip(&mut all) {
             let Some(source) = &caches.source[layer] else { continue };
@@ -40,10 +41,12 @@ pub(super) fn ask(probe: &mut Probe, tokens: usize, seed: u64) -> Result<Finding
             for (half, own) in own.iter_mut().enumerate() {
                 for (rows, (columns, width)) in own.iter_mut().zip(sets) {
                     let own = rows_of(columns, half, width, ours.max(theirs));
-                    rows.extend(evenly(&own, quota));
+                    // Not the first token of each, which is often the same.
+                    rows.extend(evenly(&own, quota, number));
                 }
             }
         }
+        number += 1;
     })?;
     let mut places =
         Table::new("tsne_points", "Every point.", &["layer", "half", "set", "token", "x", "y"]).long();
@@ -68,11 +71,11 @@ pub(super) fn ask(probe: &mut Probe, tokens: usize, seed: u64) -> Result<Finding
             if sets[0].is_empty() {
                 continue;
             }
-            let points: Vec<Vec<Vec<f32>>> = sets.iter().map(|set| evenly(set, tokens)).collect();
+            let points: Vec<Vec<Vec<f32>>> = sets.iter().map(|set| evenly(set, tokens, 0)).collect();
             let each = points[0].len();
             let data: Vec<&[f32]> = points.iter().flatten().map(Vec::as_slice).collect();
             let of: Vec<usize> = (0..3).flat_map(|set| vec![set; each]).collect();
-            let (plane, divergence) = embedded(&data, seed);
+            let (plane, divergence) = embedded(&data, seed)?;
             let near = neighbours(&data, &of);
             mixing.push([
                 json!(layer),
@@ -135,26 +138,30 @@ fn rows_of(columns: &KvColumns, half: usize, width: usize, to: usize) -> Vec<Vec
     numbers.chunks_exact(width).map(filled).collect()
 }
 
-/// At most `most` rows, evenly spaced: the same of each set.
-fn evenly(rows: &[Vec<f32>], most: usize) -> Vec<Vec<f32>> {
+/// At most `most` rows, evenly spaced from row `from` on and round again: the same of each set.
+fn evenly(rows: &[Vec<f32>], most: usize, from: usize) -> Vec<Vec<f32>> {
     let n = most.min(rows.len());
-    (0..n).map(|i| rows[i * rows.len() / n].clone()).collect()
+    (0..n).map(|i| rows[(from + i * rows.len() / n) % rows.len()].clone()).collect()
 }
 
 fn squared(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b) * (a - b)).sum()
 }
 
-/// Places in the plane, two numbers a row, and the divergence that is left. The same seed, the same places.
-fn embedded(rows: &[&[f32]], seed: u64) -> (Vec<f32>, f32) {
+/// Places in the plane, two numbers a row, and the divergence that is left. The same seed, the same places: in one thread, for sums that
+/// several threads take come in any order, and t-SNE makes much of low bits.
+fn embedded(rows: &[&[f32]], seed: u64) -> Result<(Vec<f32>, f32), Error> {
     // The perplexity of fewer points cannot be larger than they are many.
     let perplexity = PERPLEXITY.min((rows.len().saturating_sub(1)) as f32 / 3.0).max(1.0);
     let begin: Vec<f32> = normal(seed, 0, 2 * rows.len()).into_iter().map(|x| 1e-4 * x).collect();
-    let mut tsne: tSNE<f32, &[f32]> = tSNE::new(rows);
-    tsne.perplexity(perplexity).epochs(EPOCHS).initial_embedding(begin);
-    tsne.exact(|a, b| squared(a, b));
-    let divergence = tsne.kl_divergence().unwrap_or(f32::NAN);
-    (tsne.embedding(), divergence)
+    let thread = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
+    Ok(thread.install(|| {
+        let mut tsne: tSNE<f32, &[f32]> = tSNE::new(rows);
+        tsne.perplexity(perplexity).epochs(EPOCHS).initial_embedding(begin);
+        tsne.exact(|a, b| squared(a, b));
+        let divergence = tsne.kl_divergence().unwrap_or(f32::NAN);
+        (tsne.embedding(), divergence)
+    }))
 }
 
 /// `[set][other]`: of the nearest neighbours of the tokens of a set, the share that is of another.
@@ -185,7 +192,7 @@ mod tests {
             .collect();
         let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
         let of: Vec<usize> = (0..60).map(|i| i / 20).collect();
-        let (plane, divergence) = embedded(&rows, 1);
+        let (plane, divergence) = embedded(&rows, 1).unwrap();
         assert!(divergence.is_finite() && plane.len() == 120);
         let points: Vec<&[f32]> = plane.chunks_exact(2).collect();
         for near in [neighbours(&rows, &of), neighbours(&points, &of)] {
@@ -193,6 +200,6 @@ mod tests {
                 assert!(shares[set] > 0.99, "{near:?}");
             }
         }
-        assert_eq!(embedded(&rows, 1).0, plane);
+        assert_eq!(embedded(&rows, 1).unwrap().0, plane);
     }
 }

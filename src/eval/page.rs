@@ -16,7 +16,7 @@ table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nu
 th,td{padding:.3rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid #8884}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:Canvas}
 th{font-weight:600}tr.control td{opacity:.75}tr.control td:first-child{opacity:1}
-.figures{display:flex;flex-wrap:wrap;gap:1.5rem}.figures svg{max-width:100%;height:auto;flex:0 1 27.5rem;min-width:0}
+.figures{display:flex;flex-wrap:wrap;gap:1.5rem}.figures svg{max-width:100%;height:auto;flex:0 1 27.5rem;min-width:0}.figures figure{margin:0;min-width:0}
 .quiet{font-size:.875rem;opacity:.8}pre{overflow-x:auto;font-size:.8rem}
 nav a{margin-right:1rem}";
 
