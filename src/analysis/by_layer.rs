@@ -168,7 +168,7 @@ mod tests {
         let mut asked = 0;
         let mut ask = |index: usize, sets: &[Set]| {
             asked += 1;
-            Ok(sets.iter().map(|set| set[2] && !set[0] || index % 4 == 0).collect())
+            Ok(sets.iter().map(|set| set[2] && !set[0] || index.is_multiple_of(4)).collect())
         };
         let sweep = sweep(3, &sample, &mut ask).unwrap();
         assert_eq!(asked, asks(sample.len()));

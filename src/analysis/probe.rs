@@ -108,7 +108,7 @@ impl<'a> Probe<'a> {
 
     /// A question as Receiver and Sharers read it.
     pub fn prompt(&self, index: usize) -> Result<Prompt, Error> {
-        Ok(self.models.pair.align(self.messages(index), &self.response())?)
+        Ok(self.models.pair.align(self.messages(index), &self.response(), None)?)
     }
 
     /// Whether the letter that `who` gives is the gold answer.

@@ -80,13 +80,14 @@ impl<'a> Asker<'a> {
             Mode::T2t(background) => self.text_to_text(background, lesson, index),
             Mode::C2c { sharer, variant } => {
                 let messages = self.messages(lesson, index);
+                let part = if let Variant::Fraction(part) = variant { Some(part) } else { None };
                 let start = Instant::now();
-                let prompt = self.models.pair.align(messages, &response)?;
+                let prompt = self.models.pair.align(messages, &response, part)?;
                 let aligned = start.elapsed();
                 let other = match variant {
                     Variant::Swap => {
                         let next = (index + 1) % self.questions.items.len();
-                        Some(self.models.pair.align(self.messages(false, next), &response)?)
+                        Some(self.models.pair.align(self.messages(false, next), &response, None)?)
                     }
                     _ => None,
                 };
@@ -100,7 +101,7 @@ impl<'a> Asker<'a> {
                 let messages = self.messages(lesson, index).to_vec();
                 let pair = self.models.identical.as_mut().ok_or(Error::NoIdenticalFuser)?;
                 let start = Instant::now();
-                let prompt: Prompt = pair.align(&messages, &response)?;
+                let prompt: Prompt = pair.align(&messages, &response, None)?;
                 let aligned = start.elapsed();
                 let mut prompted = pair.fuse(prompt, None, None, Variant::Plain, 0, more)?;
                 prompted.charge(aligned);

@@ -7,7 +7,7 @@ use super::{
     mode::{GENERIC, Variant},
 };
 use crate::{
-    align::{Aligner, Section},
+    align::{Aligner, Fraction, Section},
     cache::{Content, Domain, Fingerprint, KeyPositions, KvColumns, Snapshot},
     data::split,
     engine::SamplingParams,
@@ -187,10 +187,19 @@ impl Pair {
         }
     }
 
-    /// The conversation as Receiver and Sharers read it.
-    pub fn align(&self, messages: &[Message], response: &str) -> Result<Prompt, Error> {
+    /// The conversation as Receiver and Sharers read it; `part` of it is fused, by default what the fuser was trained for.
+    pub fn align(
+        &self,
+        messages: &[Message],
+        response: &str,
+        part: Option<Fraction>,
+    ) -> Result<Prompt, Error> {
         let aligner = self.aligner.as_ref().ok_or(Error::NoReceiver)?;
-        Ok(asking::together(aligner, messages, response)?)
+        let mut prompt: Prompt = asking::together(aligner, messages, response)?;
+        if let Some(part) = part.or(self.session.fraction()) {
+            prompt.sections = part.apply(&prompt.sections);
+        }
+        Ok(prompt)
     }
 
     /// Reads a prompt with one model alone; `more` tokens are to follow.
@@ -214,7 +223,7 @@ impl Pair {
         Ok(Prompted { logits, cost, started, before: Some(Duration::ZERO), who })
     }
 
-    /// Reads a prompt with the Receiver on a cache fused as `variant` says. `other`: what Sharers read in [`Variant::Swap`]; `sharer`:
+    /// Reads a prompt with the Receiver on a cache fused as `variant` says, but for its part, which [`Pair::align`] has seen to. `other`: what Sharers read in [`Variant::Swap`]; `sharer`:
     /// only this one takes part.
     pub fn fuse(
         &mut self,
@@ -229,13 +238,6 @@ impl Pair {
         for section in &mut prompt.sections {
             section.sharer_mask &= mask;
         }
-        let fraction = match variant {
-            Variant::Fraction(fraction) => Some(fraction),
-            _ => self.session.fraction(),
-        };
-        if let Some(fraction) = fraction {
-            prompt.sections = fraction.apply(&prompt.sections);
-        }
         match variant {
             Variant::Shuffle => shuffle(&mut prompt, seed),
             Variant::Swap => {
@@ -244,7 +246,7 @@ impl Pair {
             }
             Variant::Generic => {
                 let messages = [Message::new("user", GENERIC)];
-                let generic = self.align(&messages, "")?;
+                let generic = self.align(&messages, "", None)?;
                 asking::swap(&mut prompt, &generic);
             }
             _ => {}

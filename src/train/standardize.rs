@@ -226,7 +226,7 @@ mod tests {
         let x: Vec<f32> = numbers(tokens * cols, 7)
             .iter()
             .enumerate()
-            .map(|(i, x)| [10.0, -2.0, 0.5, 100.0][i % cols] + [0.5, 0.1, 1.0, 4.0][i % cols] * x)
+            .map(|(i, x)| [10.0, -1.0, 0.5, 60.0][i % cols] + [0.5, 0.1, 1.0, 4.0][i % cols] * x)
             .collect();
         let mut seen = inputs(&config);
         for row in x.chunks(cols) {
