@@ -103,11 +103,11 @@ pub fn run(
         }
         None => Position::new(config.clone(), manifest.clone()),
     };
+    watcher.say(&plan(&config, &trainee, &data, &batches, total, &backend)?);
     if config.fuser.standardize {
         let fresh = state.is_none() && config.fuser.checkpoints.is_empty();
         trainee.standardize(&data.samples, &batches, &queue, fresh)?;
     }
-    watcher.say(&plan(&config, &trainee, &data, &batches, total, &backend)?);
     let out = config.out.clone();
     // What a run leaves is written by one process.
     let mut log = None;
