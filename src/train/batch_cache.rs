@@ -1,6 +1,6 @@
 //! The caches of a batch of samples: pages that are used again from batch to batch.
 
-use super::Error;
+use super::{Error, PromptStore};
 use crate::{
     backend::{DType, Queue},
     cache::{BlockTable, Domain, PagedKv, Snapshot},
@@ -99,6 +99,34 @@ impl BatchCache {
         let batch = Batch::with_room(backend, config, Pass::Prefill, tokens, steps.len(), most)?;
         batch.fill(queue, config, &steps)?;
         Ok(batch)
+    }
+
+    /// Fills the caches of whole prompts, from disk where they are kept there; the number of tokens that had to be read.
+    pub fn read(
+        &mut self,
+        queue: &Queue,
+        decoder: &Decoder,
+        store: Option<&PromptStore>,
+        mut pieces: Vec<Piece>,
+    ) -> Result<usize, Error> {
+        for (i, piece) in pieces.iter_mut().enumerate() {
+            let kept = store.filter(|_| !piece.ids.is_empty()).and_then(|store| store.get(*piece));
+            if let Some(kept) = kept {
+                self.restore(queue, i, &kept)?;
+                *piece = Piece { ids: &[], positions: &[] };
+            }
+        }
+        let missing: usize = pieces.iter().map(|piece| piece.ids.len()).sum();
+        if missing > 0 {
+            self.prefill(queue, decoder, &pieces)?;
+        }
+        for (i, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.ids.is_empty()) {
+            if let Some(store) = store {
+                let snapshot = self.capture(queue, i, store.domain().clone(), *piece)?;
+                store.put(*piece, &snapshot)?;
+            }
+        }
+        Ok(missing)
     }
 
     /// Runs the model over the next tokens of every sequence, which nobody learns from.

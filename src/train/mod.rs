@@ -12,6 +12,7 @@ mod batch_cache;
 mod batches;
 mod checkpoint;
 pub mod config;
+mod cut;
 pub mod events;
 pub mod exam;
 mod figures;

@@ -1,14 +1,17 @@
 //! One pass over a batch of samples that trains the fusers of a receiver and its sharers: both models are frozen.
 
 use super::{
-    BatchCache, Error, FuseRequest, FusedColumns, GateNoise, Inputs, Labels, Learned, Piece, PromptStore,
-    Recompute, Sample, TrainedFuser, TrainingPass, gradient_pages,
+    BatchCache, Error, FuseRequest, FusedColumns, GateNoise, Labels, Learned, Piece, PromptStore, Recompute,
+    Sample, TrainedFuser, TrainingPass,
+    cut::{Cut, cut},
+    gradient_pages,
 };
 use crate::{
     align::Fraction,
     backend::{DType, Event, Queue, Tensor},
+    cache::KvColumns,
     eval::asking::same_moments,
-    fuser::{FusionMode, LayerCall, Positions, RidgeFit},
+    fuser::{FusionMode, LayerCall, Positions},
     model::Decoder,
     ops::{self, IGNORED, KvPages},
 };
@@ -88,50 +91,6 @@ pub struct Phases {
     pub fuse_backward: Duration,
 }
 
-/// Where a sample is cut: its prompt up to the end of the fused section, and the rest.
-struct Cut {
-    fused: Range<usize>,
-    mask: u32,
-}
-
-/// `fraction`: the part of its fused section that is.
-fn cut(sample: &Sample, fraction: Option<Fraction>) -> Result<Cut, Error> {
-    let bad = |problem: &str| Err(Error::Sample { origin: sample.origin.clone(), problem: problem.into() });
-    let sections = &sample.prompt.sections;
-    let mut found = None;
-    let mut start = 0;
-    for section in &sections[..sections.len().saturating_sub(1)] {
-        let range = start..start + section.len;
-        start = range.end;
-        if section.sharer_mask == 0 {
-            continue;
-        }
-        if found.is_some() {
-            return bad(
-                "has several fused sections: the receiver's tokens of a later one depend on the fuser through an \
-                 earlier one, which the backward pass does not follow; keep to one message before the answer",
-            );
-        }
-        found = Some(Cut { fused: range, mask: section.sharer_mask });
-    }
-    let Some(mut cut) = found else { return bad("has nothing to fuse before its answer") };
-    if let Some(fraction) = fraction {
-        let Range { start, end } = cut.fused;
-        let kept = fraction.of(end - start);
-        cut.fused = start + kept.start..start + kept.end;
-        if cut.fused.is_empty() {
-            return Err(Error::Sample {
-                origin: sample.origin.clone(),
-                problem: format!(
-                    "has {} tokens to fuse, of which the fraction {fraction} leaves none",
-                    end - start
-                ),
-            });
-        }
-    }
-    Ok(cut)
-}
-
 impl PairTrainer {
     /// # Panics
     /// If there are not as many fusers as sharers.
@@ -187,6 +146,10 @@ impl PairTrainer {
         Ok(())
     }
 
+    fn cuts(&self, samples: &[&Sample]) -> Result<Vec<Cut>, Error> {
+        samples.iter().map(|sample| cut(sample, self.fraction)).collect()
+    }
+
     /// The tokens that are fused with columns of sharer `s`.
     fn fused_tokens(&self, sample: &Sample, cut: &Cut, s: usize) -> Vec<usize> {
         let prompt = if cut.mask >> s & 1 == 1 { cut.fused.clone() } else { 0..0 };
@@ -214,7 +177,7 @@ impl PairTrainer {
         }
         let store = self.receiver_store.as_ref();
         self.receiver_cache.begin(&queue, &receiver, &lengths)?;
-        read(&queue, &mut self.receiver_cache, &receiver, store, before)?;
+        self.receiver_cache.read(&queue, &receiver, store, before)?;
         Ok(behind)
     }
 
@@ -232,8 +195,7 @@ impl PairTrainer {
         if self.include_response {
             samples.iter().try_for_each(|sample| sample.check_response())?;
         }
-        let cuts =
-            samples.iter().map(|sample| cut(sample, self.fraction)).collect::<Result<Vec<Cut>, _>>()?;
+        let cuts = self.cuts(samples)?;
         let queue = self.queue.clone();
         let begin = queue.record();
         let sharer_tokens = self.read_sharers(samples)?;
@@ -340,7 +302,7 @@ impl PairTrainer {
                 prompts.map(|own| Piece { ids: &own.ids, positions: &own.positions }).collect();
             let lengths: Vec<usize> = pieces.iter().map(|piece| piece.ids.len()).collect();
             cache.begin(&self.queue, decoder, &lengths)?;
-            tokens += read(&self.queue, cache, decoder, self.stores.get(s), pieces)?;
+            tokens += cache.read(&self.queue, decoder, self.stores.get(s), pieces)?;
         }
         Ok(tokens)
     }
@@ -408,38 +370,21 @@ impl PairTrainer {
         all
     }
 
-    /// Shows each sharer's map what the caches of a batch have; the number of pairs of columns.
-    pub fn observe(&mut self, samples: &[&Sample], fits: &mut [RidgeFit]) -> Result<usize, Error> {
-        let cuts =
-            samples.iter().map(|sample| cut(sample, self.fraction)).collect::<Result<Vec<Cut>, _>>()?;
+    /// Shows what the fusers would read of a batch: `see(sharer, number of a route, its columns, the receiver's, where they are)`.
+    pub fn observe(
+        &mut self,
+        samples: &[&Sample],
+        mut see: impl FnMut(usize, usize, KvColumns, KvColumns, Positions),
+    ) -> Result<(), Error> {
+        let cuts = self.cuts(samples)?;
         self.read_sharers(samples)?;
         self.read_receiver(samples, &cuts)?;
-        let mut pairs = 0;
-        for (s, fit) in fits.iter_mut().enumerate() {
+        for (s, fuser) in self.fusers.iter().enumerate() {
             let all = self.aligned(samples, &cuts, s);
-            pairs += all.source.len();
-            for (number, route) in fit.config().routes.clone().into_iter().enumerate() {
+            for (number, route) in fuser.fuser.config().routes.iter().enumerate() {
                 let theirs = self.sharer_caches[s].kv.read(&self.queue, route.sharer, &all.source)?;
                 let ours = self.receiver_cache.kv.read(&self.queue, route.receiver, &all.target)?;
-                fit.add(number, theirs, ours, all.positions());
-            }
-        }
-        Ok(pairs)
-    }
-
-    /// Adds what the fusers read of a batch to the moments of each sharer's.
-    pub fn observe_inputs(&mut self, samples: &[&Sample], all: &mut [Vec<Inputs>]) -> Result<(), Error> {
-        let cuts =
-            samples.iter().map(|sample| cut(sample, self.fraction)).collect::<Result<Vec<Cut>, _>>()?;
-        self.read_sharers(samples)?;
-        self.read_receiver(samples, &cuts)?;
-        for (s, inputs) in all.iter_mut().enumerate() {
-            let columns = self.aligned(samples, &cuts, s);
-            for route in &self.fusers[s].fuser.config().routes {
-                let theirs = self.sharer_caches[s].kv.read(&self.queue, route.sharer, &columns.source)?;
-                let ours = self.receiver_cache.kv.read(&self.queue, route.receiver, &columns.target)?;
-                let read = [theirs.keys, theirs.values, ours.keys, ours.values];
-                inputs[route.projector].iter_mut().zip(&read).for_each(|(channels, rows)| channels.add(rows));
+                see(s, number, theirs, ours, all.positions());
             }
         }
         Ok(())
@@ -599,34 +544,6 @@ impl Aligned {
 fn first_blocks(pages: &KvPages, blocks: usize) -> KvPages {
     let first = |tensor: &Tensor| tensor.narrow(0, blocks).expect("as large as the cache");
     KvPages { keys: first(&pages.keys), values: first(&pages.values) }
-}
-
-/// Fills a model's caches of whole prompts, from disk where they are kept there; the number of tokens that had to be read.
-fn read(
-    queue: &Queue,
-    cache: &mut BatchCache,
-    decoder: &Decoder,
-    store: Option<&PromptStore>,
-    mut pieces: Vec<Piece>,
-) -> Result<usize, Error> {
-    for (i, piece) in pieces.iter_mut().enumerate() {
-        let kept = store.filter(|_| !piece.ids.is_empty()).and_then(|store| store.get(*piece));
-        if let Some(kept) = kept {
-            cache.restore(queue, i, &kept)?;
-            *piece = Piece { ids: &[], positions: &[] };
-        }
-    }
-    let missing: usize = pieces.iter().map(|piece| piece.ids.len()).sum();
-    if missing > 0 {
-        cache.prefill(queue, decoder, &pieces)?;
-    }
-    for (i, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.ids.is_empty()) {
-        if let Some(store) = store {
-            let snapshot = cache.capture(queue, i, store.domain().clone(), *piece)?;
-            store.put(*piece, &snapshot)?;
-        }
-    }
-    Ok(missing)
 }
 
 fn piece(sample: &Sample, range: Range<usize>) -> Piece<'_> {

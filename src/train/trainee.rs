@@ -218,7 +218,11 @@ impl Trainee {
         let mut pairs = 0;
         for batch in batches.cut(samples, &order) {
             let batch: Vec<&Sample> = batch.iter().map(|&index| &samples[index as usize]).collect();
-            pairs += pair.observe(&batch, &mut fits)?;
+            pair.observe(&batch, |sharer, route, theirs, ours, positions| {
+                // Every route sees the same pairs.
+                pairs += if route == 0 { positions.source.len() } else { 0 };
+                fits[sharer].add(route, theirs, ours, positions);
+            })?;
         }
         let mut text =
             format!("ridge maps of {pairs} pairs of columns; variance explained, keys and values:");
@@ -243,11 +247,16 @@ impl Trainee {
         let Trainee::Fuser { pair, .. } = self else { return Ok(()) };
         let mut all: Vec<_> =
             pair.fusers.iter().map(|fuser| standardize::inputs(fuser.fuser.config())).collect();
+        let routes: Vec<_> = pair.fusers.iter().map(|fuser| fuser.fuser.config().routes.clone()).collect();
         let every = samples.len().div_ceil(standardize::SAMPLES).max(1);
         let some: Vec<u32> = (0..samples.len() as u32).step_by(every).collect();
         for batch in batches.cut(samples, &some) {
             let batch: Vec<&Sample> = batch.iter().map(|&index| &samples[index as usize]).collect();
-            pair.observe_inputs(&batch, &mut all)?;
+            pair.observe(&batch, |sharer, route, theirs, ours, _| {
+                let columns = [theirs.keys, theirs.values, ours.keys, ours.values];
+                let inputs = all[sharer][routes[sharer][route].projector].iter_mut();
+                inputs.zip(&columns).for_each(|(channels, rows)| channels.add(rows));
+            })?;
         }
         let fusers = pair.fusers.iter_mut().zip(&all);
         fusers.into_iter().try_for_each(|(fuser, inputs)| fuser.standardize(queue, inputs, fresh))
