@@ -15,7 +15,7 @@ fn fixture(name: &str) -> PathBuf {
 
 fn source(path: impl AsRef<Path>) -> Source {
     let path = path.as_ref().into();
-    Source { path, adapter: AdapterChoice::Auto, prompt: PromptStyle::Plain, limit: None }
+    Source { path, adapter: AdapterChoice::Auto, prompt: PromptStyle::Plain, ids: None, limit: None }
 }
 
 /// The rows of a file with this content: fields and place, or what is wrong.
@@ -232,6 +232,33 @@ fn limits_count_examples() {
     assert_eq!(data.examples.len(), 2);
     assert_eq!(data.examples[1].messages[0].content, "i3");
     assert_eq!(data.rejected.to_string().matches("x.jsonl:").count(), 2);
+}
+
+#[test]
+fn rows_by_their_ids() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        path
+    };
+    let row = |id: &str| {
+        let output = id.trim_matches('"');
+        format!("{{\"id\": {id}, \"instruction\": \"i\", \"output\": \"{output}\"}}\n")
+    };
+    let rows: String = ["\"a-1\"", "\"a-2\"", "3", "\"a-4\""].map(row).concat();
+    let data = file("x.jsonl", &format!("{rows}{{\"instruction\": \"i\", \"output\": \"no id\"}}\n"));
+    let ids = Some(file("ids.txt", "a-4\n 3 \nof another file\na-1\n"));
+    let chosen = Dataset::load(&Source { ids, ..source(&data) }).unwrap();
+    let answers: Vec<_> = chosen.examples.iter().map(|x| x.messages[1].content.as_str()).collect();
+    assert_eq!(answers, ["a-1", "3", "a-4"]);
+    assert!(chosen.rejected.is_empty());
+    assert_ne!(chosen.sha256, Dataset::load(&source(&data)).unwrap().sha256);
+
+    let refused = |ids| Dataset::load(&Source { ids: Some(ids), ..source(&data) }).unwrap_err();
+    assert!(matches!(refused(file("none.txt", "b\n")), LoadError::Nothing { .. }));
+    let missing = folder.path().join("missing.txt");
+    assert!(refused(missing.clone()).to_string().starts_with(&missing.display().to_string()));
 }
 
 #[test]

@@ -1,13 +1,15 @@
 //! A data set read as a whole or example by example.
 
 use super::{
-    Adapter, AdapterChoice, BadRow, Example, FileError, Problem, PromptStyle, Rejected,
+    Adapter, AdapterChoice, BadRow, Example, FileError, PromptStyle, Rejected,
     adapters::Undetected,
-    reader::{self, Rows},
+    reader::{self, Problem, Row, Rows},
 };
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::{
-    fs::File,
+    collections::HashSet,
+    fs::{self, File},
     io::{self, Read},
     path::{Path, PathBuf},
 };
@@ -20,6 +22,8 @@ pub struct Source {
     pub adapter: AdapterChoice,
     /// For multiple choice questions.
     pub prompt: PromptStyle,
+    /// A file of ids, one a line: of the rows only those whose `id` is among them.
+    pub ids: Option<PathBuf>,
     /// At most as many examples, the first ones; rows that cannot be used do not count.
     pub limit: Option<usize>,
 }
@@ -31,12 +35,14 @@ pub enum LoadError {
     File(#[from] FileError),
     #[error("{}: {error}", path.display())]
     Undetected { path: PathBuf, error: Undetected },
+    #[error("{}: ids: {error}", path.display())]
+    Ids { path: PathBuf, error: io::Error },
     #[error("{}: no row can be used{}", path.display(), said(rejected))]
     Nothing { path: PathBuf, rejected: Rejected },
 }
 
 fn said(rejected: &Rejected) -> String {
-    if rejected.is_empty() { ": it has none".into() } else { format!("\n{rejected}") }
+    if rejected.is_empty() { ": it has none that is asked for".into() } else { format!("\n{rejected}") }
 }
 
 /// A data set in memory.
@@ -45,7 +51,7 @@ pub struct Dataset {
     pub examples: Vec<Example>,
     pub adapter: Adapter,
     pub rejected: Rejected,
-    /// SHA-256, in hexadecimal, of the files' names and contents: for manifests.
+    /// SHA-256, in hexadecimal, of the files' names and contents, that of the ids included: for manifests.
     pub sha256: String,
 }
 
@@ -64,7 +70,9 @@ impl Dataset {
         }
         match rows.adapter() {
             Some(adapter) if !examples.is_empty() => {
-                let sha256 = sha256(&reader::files(&source.path)?)?;
+                let mut files = reader::files(&source.path)?;
+                files.extend(source.ids.clone());
+                let sha256 = sha256(&files)?;
                 Ok(Dataset { examples, adapter, rejected, sha256 })
             }
             _ => Err(LoadError::Nothing { path: source.path.clone(), rejected }),
@@ -86,6 +94,7 @@ pub struct Examples {
     rows: Rows,
     source: Source,
     adapter: Option<Adapter>,
+    ids: Option<HashSet<String>>,
     left: usize,
 }
 
@@ -96,12 +105,32 @@ impl Examples {
             AdapterChoice::Auto => None,
             AdapterChoice::Named(adapter) => Some(adapter),
         };
-        Ok(Examples { rows, source: source.clone(), adapter, left: source.limit.unwrap_or(usize::MAX) })
+        let ids = match &source.ids {
+            None => None,
+            Some(path) => {
+                let text = fs::read_to_string(path);
+                let text = text.map_err(|error| LoadError::Ids { path: path.clone(), error })?;
+                Some(text.lines().map(|line| line.trim().to_owned()).collect())
+            }
+        };
+        let left = source.limit.unwrap_or(usize::MAX);
+        Ok(Examples { rows, source: source.clone(), adapter, ids, left })
     }
 
     /// The adapter in use; with [`AdapterChoice::Auto`] it is known after the first row.
     pub fn adapter(&self) -> Option<Adapter> {
         self.adapter
+    }
+
+    /// The next row that is asked for, or what is wrong with the file.
+    fn row(&mut self) -> Option<Result<Row, Problem>> {
+        let Some(ids) = &self.ids else { return self.rows.next() };
+        self.rows.find(|row| match row.as_ref().map(|row| row.fields.get("id")) {
+            Ok(Some(Value::String(id))) => ids.contains(id),
+            Ok(Some(id)) => ids.contains(&id.to_string()),
+            Ok(None) => false,
+            Err(_) => true,
+        })
     }
 }
 
@@ -112,7 +141,7 @@ impl Iterator for Examples {
         if self.left == 0 {
             return None;
         }
-        let row = match self.rows.next()? {
+        let row = match self.row()? {
             Ok(row) => row,
             Err(Problem::Row(row)) => return Some(Err(row.into())),
             Err(Problem::File(error)) => {

@@ -86,8 +86,8 @@ impl<'a> Asker<'a> {
                 let aligned = start.elapsed();
                 let other = match variant {
                     Variant::Swap => {
-                        let next = (index + 1) % self.questions.items.len();
-                        Some(self.models.pair.align(self.messages(false, next), &response, None)?)
+                        let before = index.checked_sub(1).unwrap_or(self.questions.items.len() - 1);
+                        Some(self.models.pair.align(self.messages(false, before), &response, None)?)
                     }
                     _ => None,
                 };
@@ -121,6 +121,11 @@ impl<'a> Asker<'a> {
         let (text, ids) = asking::alone(tokenizer, self.messages(lesson, index), &response)?;
         let tokenised = start.elapsed();
         let mut prompted = self.models.pair.read(who, &ids, self.options.more(&self.questions.task))?;
+        if let (Who::Sharer(sharer), false) = (who, lesson)
+            && self.options.modes.iter().any(Mode::fuses)
+        {
+            self.models.pair.keep(sharer, &ids, prompted.started.elapsed())?;
+        }
         prompted.charge(tokenised);
         let letters = self.questions.letters.get(&key(who));
         let of_letters = |tokens: &Vec<u32>| {

@@ -37,7 +37,7 @@ pub enum Background {
 pub enum Variant {
     /// The Sharer's cache of the question; gates as trained.
     Plain,
-    /// The Sharer's cache of the next question.
+    /// The Sharer's cache of the question before, which is at hand.
     Swap,
     /// A cache of zeros.
     Zero,

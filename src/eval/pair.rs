@@ -48,7 +48,7 @@ pub struct Prompted {
     /// `[vocab]`
     pub logits: Vec<f32>,
     pub cost: Cost,
-    started: Instant,
+    pub started: Instant,
     /// What was spent before: the Sharers' caches, tokenising.
     before: Option<Duration>,
     who: Who,
@@ -384,8 +384,7 @@ impl Pair {
             Some(at) => self.known.remove(at),
             None => {
                 let piece = Piece { ids: &own.ids, positions: &own.positions };
-                let store = self.stores.get(s);
-                match store.and_then(|store| store.get(piece)) {
+                match self.stores.get(s).and_then(|store| store.get(piece)) {
                     Some(kept) => Known { sharer: s, prompt: Arc::new(kept), took: None },
                     None => {
                         let start = Instant::now();
@@ -393,24 +392,41 @@ impl Pair {
                         let lane = self.sharers[s].empty(&self.session, model, own.ids.len())?;
                         lane.append(&own.ids, &own.positions, Goal::Cache, |_, _| {})?;
                         lane.queue.synchronize()?;
-                        let took = start.elapsed();
-                        let snapshot = lane.capture(self.domains[s].clone(), &own.positions)?;
-                        if let Some(store) = store {
-                            store.put(piece, &snapshot)?;
-                        }
-                        Known { sharer: s, prompt: Arc::new(snapshot), took: Some(took) }
+                        self.captured(s, piece, start.elapsed())?
                     }
                 }
             }
         };
         let found = (known.prompt.clone(), known.took);
-        // The last used stay: this question's, the next one's (swap), the generic text's.
+        self.remember(known);
+        Ok(found)
+    }
+
+    /// What a Sharer has just read on its own need not be read again where it is to be fused.
+    pub fn keep(&mut self, sharer: usize, ids: &[u32], took: Duration) -> Result<(), Error> {
+        let positions: Vec<u32> = (0..ids.len() as u32).collect();
+        let known = self.captured(sharer, Piece { ids, positions: &positions }, took)?;
+        self.remember(known);
+        Ok(())
+    }
+
+    /// The cache in a Sharer's lane, which holds `piece` alone.
+    fn captured(&self, sharer: usize, piece: Piece, took: Duration) -> Result<Known, Error> {
+        let lane = self.sharers[sharer].lane.as_ref().expect("a prompt was read in it");
+        let snapshot = lane.capture(self.domains[sharer].clone(), piece.positions)?;
+        if let Some(store) = self.stores.get(sharer).filter(|store| !store.has(piece)) {
+            store.put(piece, &snapshot)?;
+        }
+        Ok(Known { sharer, prompt: Arc::new(snapshot), took: Some(took) })
+    }
+
+    /// The last used stay: this question's, that of the one before (swap), the generic text's.
+    fn remember(&mut self, known: Known) {
         self.known.push(known);
         let most = 4 * self.session.sharers.len();
         if self.known.len() > most {
             self.known.remove(0);
         }
-        Ok(found)
     }
 }
 

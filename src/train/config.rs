@@ -214,6 +214,9 @@ pub struct DataSettings {
     /// How multiple choice questions are put: `plain` (default) or `template` (the evaluation's prompt).
     #[serde(default)]
     pub prompt: PromptStyle,
+    /// A file of ids, one a line: only rows whose `id` is among them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ids: Option<PathBuf>,
     /// At most as many examples, the first ones; all by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<usize>,
@@ -221,8 +224,8 @@ pub struct DataSettings {
 
 impl From<&DataSettings> for Source {
     fn from(data: &DataSettings) -> Source {
-        let DataSettings { path, adapter, prompt, limit } = data;
-        Source { path: path.clone(), adapter: *adapter, prompt: *prompt, limit: *limit }
+        let DataSettings { path, adapter, prompt, ids, limit } = data;
+        Source { path: path.clone(), adapter: *adapter, prompt: *prompt, ids: ids.clone(), limit: *limit }
     }
 }
 

@@ -402,7 +402,13 @@ fn source(data: &Data, notes: &mut Vec<String>) -> Result<DataSettings, RecipeEr
     let Some(path) = path else {
         return refuse("data.kwargs", "does not say where the data are: give data_path");
     };
-    Ok(DataSettings { path, adapter: AdapterChoice::Named(adapter), prompt: PromptStyle::Plain, limit })
+    Ok(DataSettings {
+        path,
+        adapter: AdapterChoice::Named(adapter),
+        prompt: PromptStyle::Plain,
+        ids: None,
+        limit,
+    })
 }
 
 #[cfg(test)]

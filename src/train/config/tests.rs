@@ -14,6 +14,7 @@ fn what_is_not_said_has_its_default() {
         path: "d.jsonl".into(),
         adapter: AdapterChoice::Auto,
         prompt: PromptStyle::Plain,
+        ids: None,
         limit: None,
     };
     let default = TrainConfig {
