@@ -27,7 +27,7 @@ __device__ __forceinline__ void stage_x(const PartsArgs& a, uint32_t first, uint
 #pragma unroll (TOKENS == 1 ? 4 : 1)
         for (uint32_t i = threadIdx.x; i < pieces; i += THREADS) {
             const uint4 words = x[i];
-            uint8_t* tile = shared + (t * a.segment + i / (TILE / 8)) * (UNITS * LANE::PLANE);
+            uint8_t* tile = shared + (t * a.segment + i / (TILE / 8)) * X_TILE<LANE>;
             const uint32_t quad = i % (TILE / 8) * 2;
             if constexpr (LANE::ADJACENT) {
                 *reinterpret_cast<uint4*>(tile + LANE::place(quad)) = words;
@@ -39,10 +39,19 @@ __device__ __forceinline__ void stage_x(const PartsArgs& a, uint32_t first, uint
     }
 }
 
-__device__ __forceinline__ float dot8(const float (&a)[8], const float (&b)[8]) {
+// A unit of x.
+template <int WIDTH> __device__ __forceinline__ void load_x(const uint8_t* p, float (&out)[WIDTH]) {
+    uint32_t pairs[WIDTH / 2];
+    load_words<WIDTH * 2>(p, pairs);
+#pragma unroll
+    for (int i = 0; i < WIDTH / 2; ++i) {
+        out[2 * i] = __uint_as_float(pairs[i] << 16), out[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+}
+template <int WIDTH> __device__ __forceinline__ float dot(const float (&a)[WIDTH], const float (&b)[WIDTH]) {
     float sum = a[0] * b[0];
 #pragma unroll
-    for (int i = 1; i < 8; ++i) sum = fmaf(a[i], b[i], sum);
+    for (int i = 1; i < WIDTH; ++i) sum = fmaf(a[i], b[i], sum);
     return sum;
 }
 
@@ -79,11 +88,11 @@ template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const 
     constexpr unsigned PAD = Weights::PAD, GROUP_BYTES = Weights::GROUP * Format::BYTES;
     // A tile may begin in the middle of 16 bytes.
     constexpr unsigned SLOT = PLAIN ? 0 : (TILE_BYTES + 14 + 15) / 16 * 16 + (WARP / Weights::GROUP - 1) * PAD;
-    constexpr unsigned X_TILE = UNITS * Weights::PLANE;
+    constexpr unsigned WIDTH = Weights::WIDTH;
     extern __shared__ uint4 dynamic[];
     uint8_t* xs = reinterpret_cast<uint8_t*>(dynamic);
     const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    uint8_t* ring = xs + TOKENS * a.segment * X_TILE + warp * (STAGES * ROWS * SLOT);
+    uint8_t* ring = xs + TOKENS * a.segment * X_TILE<Weights> + warp * (STAGES * ROWS * SLOT);
 
     const bool glu = a.epilogue == GLU;
     const Part w = part(a, blockIdx.z);
@@ -140,17 +149,17 @@ template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const 
                 __syncthreads();
                 staged = true;
             }
-            const uint8_t* x = xs + in_segment * X_TILE + lane * 16;
+            const uint8_t* x = xs + in_segment * X_TILE<Weights> + lane * (WIDTH * 2);
             const auto multiply = [&](int u, const Weights (&mine)[ROWS]) {
-                float v[ROWS][8];
+                float v[ROWS][WIDTH];
 #pragma unroll
                 for (unsigned r = 0; r < ROWS; ++r) mine[r].unit(u, v[r]);
 #pragma unroll
                 for (unsigned t = 0; t < TOKENS; ++t) {
-                    float x8[8];
-                    Block<BF16>::decode8(x + t * a.segment * X_TILE + u * Weights::PLANE, 0, x8);
+                    float mine_x[WIDTH];
+                    load_x(x + t * a.segment * X_TILE<Weights> + u * Weights::PLANE, mine_x);
 #pragma unroll
-                    for (unsigned r = 0; r < ROWS; ++r) sums[t][r] += dot8(v[r], x8);
+                    for (unsigned r = 0; r < ROWS; ++r) sums[t][r] += dot(v[r], mine_x);
                 }
             };
             Weights mine[ROWS];
@@ -159,7 +168,7 @@ template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const 
 #pragma unroll
                 for (unsigned r = 0; r < ROWS; ++r) mine[r].load(rows[r] + tile * TILE_BYTES, lane, left);
 #pragma unroll
-                for (int u = 0; u < int(UNITS); ++u) {
+                for (int u = 0; u < int(UNITS<Weights>); ++u) {
                     if (Weights::column(u, lane) < left) multiply(u, mine);
                 }
             } else {
@@ -174,7 +183,7 @@ template <int CODE, unsigned TOKENS> __device__ __forceinline__ void gemv(const 
                         mine[r].load(ring + (current * ROWS + r) * SLOT + rest, lane, rest == 0);
                     }
 #pragma unroll
-                    for (int u = 0; u < int(UNITS); ++u) multiply(u, mine);
+                    for (int u = 0; u < int(UNITS<Weights>); ++u) multiply(u, mine);
                 }
                 current = current + 1 == STAGES ? 0 : current + 1;
             }

@@ -1,8 +1,9 @@
 // What one lane of a matrix-vector product reads of a row, format by format.
 //
-// A tile is 1024 columns of a row, 32 of them a lane, in four units of eight. Which columns a lane has is the format's
-// choice, so that it unpacks whole words: a word of 4-bit quants is four elements of one half of a sub-block and four
-// of the other. Every four consecutive columns, a quad, belong to one unit; the vector is kept in the units' order.
+// A tile is 1024 columns of a row, 32 of them a lane, in four units of eight (F32: eight of four). Which columns a lane
+// has is the format's choice, so that it unpacks whole words: a word of 4-bit quants is four elements of one half of a
+// sub-block and four of the other. Every four consecutive columns, a quad, belong to one unit; the vector is kept in
+// the units' order.
 //
 // A quant becomes a float without a conversion: a byte permutation puts it into the mantissa of 2^7 (or 2^15, for eight
 // bits), and one multiply-add scales it and subtracts that power, the format's bias and its minimum. The subtrahend of
@@ -11,7 +12,10 @@
 #pragma once
 #include "blocks.cuh"
 
-constexpr unsigned TILE = 1024, UNITS = 4;
+constexpr unsigned TILE = 1024;
+template <typename LANE> constexpr unsigned UNITS = TILE / WARP / LANE::WIDTH;
+// Bytes of a tile of the vector in shared memory.
+template <typename LANE> constexpr unsigned X_TILE = UNITS<LANE> * LANE::PLANE;
 
 // Elements `d * (byte - bias) - m` of four bytes below 128, where `c` = -(d * (128 + bias) + m).
 __device__ __forceinline__ void scale_bytes(uint32_t bytes, float d, float c, float* out) {
@@ -77,33 +81,34 @@ __device__ __forceinline__ float2 halves(uint32_t pair) {
     return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
-// `PLANE`: bytes between the units of a tile of the vector in shared memory: 32 lanes of 16 bytes and padding that
-// spreads the words of a sub-block over the banks when they are stored. `ADJACENT`: quads 2i and 2i + 1 are one unit.
-// `PAD`: bytes left free after every `GROUP` lanes' blocks of the ring, which keep the lanes' words in different banks;
-// only where a tile begins at 16 bytes, else blocks lie across the gaps.
+// `WIDTH`: elements of a unit. `PLANE`: bytes between the units of a tile of the vector in shared memory: those of 32
+// lanes and padding that spreads the words of a sub-block over the banks when they are stored. `ADJACENT`: quads 2i and
+// 2i + 1 lie side by side there. `PAD`: bytes left free after every `GROUP` lanes' blocks of the ring, which keep the
+// lanes' words in different banks; only where a tile begins at 16 bytes, else blocks lie across the gaps.
 template <int CODE> struct Lane;
 
-// The plain types: unit u of lane l is columns 256 u + 8 l.. of the tile, of whose columns the row has `left`. They are
-// read from global memory directly, all of them before the first is used.
+// The plain types: unit u of lane l is bytes 512 u + 16 l.. of the tile, so that a load takes whole sectors; of the
+// tile's columns the row has `left`. They are read from global memory directly, all of them before the first is used.
 template <int CODE> struct PlainLane {
-    static constexpr unsigned PLANE = 512, GROUP = WARP, PAD = 0;
-    static constexpr unsigned SIZE = Block<CODE>::BYTES / 8, WORDS = Block<CODE>::BYTES / 16;
+    static constexpr unsigned WIDTH = 16 / (Block<CODE>::BYTES / 8), PLANE = WARP * WIDTH * 2, GROUP = WARP, PAD = 0;
     static constexpr bool ADJACENT = true;
     static __device__ __forceinline__ unsigned place(unsigned quad) { return quad * 8; }
-    static __device__ __forceinline__ unsigned column(int u, unsigned lane) { return u * 256 + lane * 8; }
-    uint4 words[UNITS][WORDS];
+    static __device__ __forceinline__ unsigned column(int u, unsigned lane) { return (u * WARP + lane) * WIDTH; }
+    uint4 words[TILE / WARP / WIDTH];
     __device__ __forceinline__ void load(const uint8_t* tile, unsigned lane, uint32_t left) {
+        const uint4* from = reinterpret_cast<const uint4*>(tile) + lane;
 #pragma unroll
-        for (int u = 0; u < int(UNITS); ++u) {
-            const uint4* from = reinterpret_cast<const uint4*>(tile + column(u, lane) * SIZE);
-#pragma unroll
-            for (unsigned i = 0; i < WORDS; ++i) {
-                words[u][i] = column(u, lane) < left ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
-            }
+        for (int u = 0; u < int(UNITS<PlainLane>); ++u) {
+            words[u] = column(u, lane) < left ? __ldg(from + u * WARP) : make_uint4(0, 0, 0, 0);
         }
     }
-    __device__ __forceinline__ void unit(int u, float (&out)[8]) const {
-        Block<CODE>::decode8(reinterpret_cast<const uint8_t*>(words[u]), 0, out);
+    __device__ __forceinline__ void unit(int u, float (&out)[WIDTH]) const {
+        if constexpr (CODE == F32) {
+            out[0] = __uint_as_float(words[u].x), out[1] = __uint_as_float(words[u].y);
+            out[2] = __uint_as_float(words[u].z), out[3] = __uint_as_float(words[u].w);
+        } else {
+            Block<CODE>::decode8(reinterpret_cast<const uint8_t*>(&words[u]), 0, out);
+        }
     }
 };
 template <> struct Lane<F32> : PlainLane<F32> {};
@@ -112,7 +117,7 @@ template <> struct Lane<BF16> : PlainLane<BF16> {};
 
 // The formats of 32 elements: a block a lane, unit u its columns 4 u + 0..3 and 16 + 4 u + 0..3.
 template <int CODE, unsigned GROUP_ = WARP, unsigned PAD_ = 0> struct Lane32 {
-    static constexpr unsigned PLANE = 512 + 32, GROUP = GROUP_, PAD = PAD_;
+    static constexpr unsigned WIDTH = 8, PLANE = 512 + 32, GROUP = GROUP_, PAD = PAD_;
     static constexpr bool ADJACENT = false;
     static __device__ __forceinline__ unsigned place(unsigned quad) {
         return quad % 4 * PLANE + quad / 8 * 16 + quad / 4 % 2 * 8;
@@ -180,7 +185,7 @@ template <> struct Lane<Q8_0> : Lane32<Q8_0, 16, 32> {
 // Q2_K and Q3_K: lane 8 s + p has bytes 8 p..8 p + 7 of superblock s's quants; unit u is their bits 2 u, 2 u + 1, eight
 // consecutive columns of quarter u of the half p / 4.
 struct TwoBitLane {
-    static constexpr unsigned PLANE = 512 + 64, GROUP = WARP, PAD = 0;
+    static constexpr unsigned WIDTH = 8, PLANE = 512 + 64, GROUP = WARP, PAD = 0;
     static constexpr bool ADJACENT = true;
     static __device__ __forceinline__ unsigned place(unsigned quad) {
         const unsigned lane = quad / 64 * 8 + quad / 32 % 2 * 4 + quad / 2 % 4;
@@ -240,7 +245,7 @@ template <> struct Lane<Q3_K> : TwoBitLane {
 // low nibbles, half of the next in the high ones; unit u is word u of them.
 template <int CODE, bool FIFTH> struct KNibbleLane {
     using Format = Block<CODE>;
-    static constexpr unsigned PLANE = 512 + 32, GROUP = WARP, PAD = 0;
+    static constexpr unsigned WIDTH = 8, PLANE = 512 + 32, GROUP = WARP, PAD = 0;
     static constexpr bool ADJACENT = false;
     static __device__ __forceinline__ unsigned place(unsigned quad) {
         const unsigned lane = quad / 64 * 8 + quad / 16 % 4 * 2 + quad / 4 % 2;
@@ -283,7 +288,7 @@ template <> struct Lane<Q5_K> : KNibbleLane<Q5_K, true> {};
 // Lane 8 s + p has bytes 16 p..16 p + 15 of superblock s's low nibbles: a sub-block of 16 in the low ones, the one 64
 // columns on in the high ones; unit u is word u of them.
 template <> struct Lane<Q6_K> {
-    static constexpr unsigned PLANE = 512 + 32, GROUP = WARP, PAD = 0;
+    static constexpr unsigned WIDTH = 8, PLANE = 512 + 32, GROUP = WARP, PAD = 0;
     static constexpr bool ADJACENT = false;
     static __device__ __forceinline__ unsigned place(unsigned quad) {
         const unsigned lane = quad / 64 * 8 + quad / 32 % 2 * 4 + quad / 4 % 4;

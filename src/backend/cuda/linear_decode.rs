@@ -174,7 +174,7 @@ pub(super) fn launch(
         Kernel::Gemv(dtype) => {
             let (kernel, at_once) = gemv_kernel(dtype, tokens);
             let groups = rows.div_ceil(WARPS * if glu { 1 } else { ROWS });
-            let x_tile = 4 * plane_bytes(dtype) * at_once;
+            let x_tile = x_tile_bytes(dtype) * at_once;
             let segment = cols.div_ceil(TILE).min(X_BYTES / x_tile).max(1);
             let ring = if dtype.is_quantized() {
                 let tile = TILE / dtype.block_len() as u32 * dtype.block_bytes() as u32;
@@ -189,12 +189,12 @@ pub(super) fn launch(
     }
 }
 
-/// Twin of `Lane::PLANE` in kernels/lanes.cuh.
-fn plane_bytes(dtype: DType) -> u32 {
+/// Twin of `X_TILE` in kernels/lanes.cuh.
+fn x_tile_bytes(dtype: DType) -> u32 {
     match dtype {
-        DType::F32 | DType::F16 | DType::Bf16 | DType::U32 => 512,
-        DType::Q2K | DType::Q3K => 576,
-        _ => 544,
+        DType::F32 | DType::F16 | DType::Bf16 | DType::U32 => 4 * 512,
+        DType::Q2K | DType::Q3K => 4 * 576,
+        _ => 4 * 544,
     }
 }
 

@@ -183,6 +183,9 @@ fn linear(all: &mut Vec<Case>) {
     all.push(one(Pass::Prefill, DType::Bf16, 300, 320, 150));
     all.push(one(Pass::Prefill, DType::Q4K, 140, 512, 130));
     all.push(one(Pass::Prefill, DType::Q6K, 129, 256, 65));
+    all.push(one(Pass::Decode, DType::F32, 19, 2184, 3));
+    all.push(one(Pass::Decode, DType::Bf16, 19, 2184, 3));
+    all.push(one(Pass::Decode, DType::Q4K, 19, 2304, 3));
 }
 
 fn attention(all: &mut Vec<Case>) {
