@@ -9,7 +9,7 @@ use super::{
     quantize::{Activations, Token},
 };
 #[cfg(target_arch = "x86_64")]
-use super::{dots_avx2, gemm_int8::Input};
+use super::{gemm_int8::Input, lanes_avx2};
 use std::ops::Range;
 
 /// Rows that the kernels take side by side.
@@ -28,24 +28,58 @@ pub(super) unsafe fn gemv_quant(
     x: &Activations,
     output: Output,
 ) {
-    for begin in (0..x.tokens()).step_by(TOKENS) {
-        let count = TOKENS.min(x.tokens() - begin);
-        // SAFETY: a row and a token in range, ours alone says the caller.
-        let put = |token: usize, row: usize, y: f32| unsafe { output.put(begin + token, row, y) };
+    // SAFETY: a row and a token in range, ours alone says the caller.
+    let put = |token: usize, row: usize, y: f32| unsafe { output.put(token, row, y) };
+    #[cfg(target_arch = "x86_64")]
+    if simd != Simd::Portable && lanes_avx2::takes(rows.dtype) {
+        for begin in (0..x.tokens()).step_by(TOKENS) {
+            let count = TOKENS.min(x.tokens() - begin);
+            let input = Input::at(x, begin, 0, x.cols());
+            let put = |token: usize, first: usize, y: &[f32]| {
+                y.iter().enumerate().for_each(|(i, &y)| put(begin + token, first + i, y));
+            };
+            // SAFETY: the level says that the processor has AVX2; rows and tokens have the same number of columns.
+            unsafe { lanes_avx2::rows(rows, range.clone(), input, count, put) }
+        }
+        return;
+    }
+    let mut token = 0;
+    while token < x.tokens() {
+        // A block that is read for eight is taken apart once.
+        let count = match x.tokens() - token {
+            left @ ..4 => left,
+            4..TOKENS => 4,
+            _ => TOKENS,
+        };
+        let tokens: [Token; TOKENS] = std::array::from_fn(|i| x.token(token + i.min(count - 1)));
+        let begin = token;
+        token += count;
+        let put = |row: usize, y: &[f32]| y.iter().enumerate().for_each(|(i, &y)| put(begin + i, row, y));
         #[cfg(target_arch = "x86_64")]
         if simd != Simd::Portable {
-            let input = Input::at(x, begin, 0, x.cols());
-            // SAFETY: the level says that the processor has AVX2; rows and tokens have the same number of columns.
-            unsafe { dots_avx2::rows(rows, range.clone(), input, count, put) }
+            // SAFETY: as above.
+            unsafe {
+                match count {
+                    1 => super::dots_avx2::rows(rows, range.clone(), first::<1>(&tokens), put),
+                    2 => super::dots_avx2::rows(rows, range.clone(), first::<2>(&tokens), put),
+                    3 => super::dots_avx2::rows(rows, range.clone(), first::<3>(&tokens), put),
+                    4 => super::dots_avx2::rows(rows, range.clone(), first::<4>(&tokens), put),
+                    _ => super::dots_avx2::rows(rows, range.clone(), &tokens, put),
+                }
+            }
             continue;
         }
-        let tokens: [Token; TOKENS] = std::array::from_fn(|i| x.token(begin + i.min(count - 1)));
         for row in range.clone() {
             let mut y = [0.0; TOKENS];
             portable(rows, row, x.cols(), &tokens[..count], &mut y[..count]);
-            y[..count].iter().enumerate().for_each(|(token, &y)| put(token, row, y));
+            put(row, &y[..count]);
         }
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn first<'a, const T: usize>(tokens: &'a [Token<'a>; TOKENS]) -> &'a [Token<'a>; T] {
+    tokens.first_chunk().expect("no more than there are")
 }
 
 /// What every integer kernel computes, up to the order of its f32 additions.
@@ -68,9 +102,9 @@ fn portable(rows: Rows, row: usize, cols: usize, tokens: &[Token], y: &mut [f32]
                     let min = |h: usize| levels.min[h] * x.half_sum[h];
                     (half(2 * g) + half(2 * g + 1), min(2 * g) + min(2 * g + 1))
                 } else {
-                    (product(GROUP * g, GROUP), levels.min[g] * x.pair[g][1])
+                    (product(GROUP * g, GROUP), levels.min[g] * x.sum[g])
                 };
-                *y += sum as f32 * (levels.scale[g] * x.pair[g][0]) + offset;
+                *y += sum as f32 * (levels.scale[g] * x.scale[g]) + offset;
             }
         }
     }

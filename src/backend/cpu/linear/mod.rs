@@ -31,6 +31,8 @@ mod gemm_f32;
 mod gemm_int8;
 mod gemv_float;
 mod gemv_quant;
+#[cfg(target_arch = "x86_64")]
+mod lanes_avx2;
 mod levels;
 mod pack;
 mod quantize;

@@ -17,7 +17,11 @@ pub(super) struct Activations {
     /// `[tokens, cols / 32]`: the scale, and the scale times the sum of the group's `q` (what a weight's `min` is
     /// multiplied by).
     pair: Vec<[f32; 2]>,
-    /// `[tokens, cols / 16]`: the second of `pair` for half groups.
+    /// `[tokens, cols / 32]`: the first of `pair` again, side by side.
+    scale: Vec<f32>,
+    /// `[tokens, cols / 32]`: the second of `pair` again, side by side.
+    sum: Vec<f32>,
+    /// `[tokens, cols / 16]`: the same for half groups.
     half_sum: Vec<f32>,
 }
 
@@ -26,6 +30,8 @@ pub(super) struct Activations {
 pub(super) struct Token<'a> {
     pub q: &'a [i8],
     pub pair: &'a [[f32; 2]],
+    pub scale: &'a [f32],
+    pub sum: &'a [f32],
     pub half_sum: &'a [f32],
 }
 
@@ -36,8 +42,11 @@ impl Activations {
         self.cols = cols;
         self.q.resize(groups * GROUP, 0);
         self.pair.resize(groups, [0.0; 2]);
+        self.scale.resize(groups, 0.0);
+        self.sum.resize(groups, 0.0);
         self.half_sum.resize(2 * groups, 0.0);
         let (q, pair) = (SendPtr(self.q.as_mut_ptr()), SendPtr(self.pair.as_mut_ptr()));
+        let (scale, sum) = (SendPtr(self.scale.as_mut_ptr()), SendPtr(self.sum.as_mut_ptr()));
         let half_sum = SendPtr(self.half_sum.as_mut_ptr());
         // A decode step's few groups are done before another thread would have woken up.
         let per_task = if groups <= 1024 { groups } else { 256 };
@@ -50,6 +59,8 @@ impl Activations {
                 Groups {
                     q: std::slice::from_raw_parts_mut(q.get().add(start * GROUP), n * GROUP),
                     pair: std::slice::from_raw_parts_mut(pair.get().add(start), n),
+                    scale: std::slice::from_raw_parts_mut(scale.get().add(start), n),
+                    sum: std::slice::from_raw_parts_mut(sum.get().add(start), n),
                     half_sum: std::slice::from_raw_parts_mut(half_sum.get().add(2 * start), 2 * n),
                 }
             };
@@ -76,6 +87,8 @@ impl Activations {
         Token {
             q: &self.q[t * self.cols..][..self.cols],
             pair: &self.pair[t * groups..][..groups],
+            scale: &self.scale[t * groups..][..groups],
+            sum: &self.sum[t * groups..][..groups],
             half_sum: &self.half_sum[2 * t * groups..][..2 * groups],
         }
     }
@@ -85,7 +98,13 @@ impl<'a> Token<'a> {
     /// From element `k` (a multiple of 32) on.
     pub fn after(self, k: usize) -> Token<'a> {
         let g = k / GROUP;
-        Token { q: &self.q[k..], pair: &self.pair[g..], half_sum: &self.half_sum[2 * g..] }
+        Token {
+            q: &self.q[k..],
+            pair: &self.pair[g..],
+            scale: &self.scale[g..],
+            sum: &self.sum[g..],
+            half_sum: &self.half_sum[2 * g..],
+        }
     }
 }
 
@@ -93,6 +112,8 @@ impl<'a> Token<'a> {
 struct Groups<'a> {
     q: &'a mut [i8],
     pair: &'a mut [[f32; 2]],
+    scale: &'a mut [f32],
+    sum: &'a mut [f32],
     half_sum: &'a mut [f32],
 }
 
@@ -104,7 +125,7 @@ fn groups_avx2(x: &[f32], out: Groups) {
 
 #[inline(always)]
 fn quantize_groups(x: &[f32], out: Groups) {
-    let Groups { q, pair, half_sum } = out;
+    let Groups { q, pair, scale: scales, sum, half_sum } = out;
     let groups = x.as_chunks::<GROUP>().0.iter().zip(q.as_chunks_mut::<GROUP>().0);
     for (g, (x, q)) in groups.enumerate() {
         // As integers the magnitudes sort like the floats, with infinities and NaNs on top.
@@ -132,6 +153,7 @@ fn quantize_groups(x: &[f32], out: Groups) {
             }
         }
         pair[g] = [scale, scale * (halves[0] + halves[1]) as f32];
+        [scales[g], sum[g]] = pair[g];
         half_sum[2 * g] = scale * halves[0] as f32;
         half_sum[2 * g + 1] = scale * halves[1] as f32;
     }

@@ -147,10 +147,6 @@ macro_rules! group_format {
                 // SAFETY: the caller vouches for a block of each row.
                 unsafe { group($levels, $factors) }
             }
-            #[inline(always)]
-            fn number(_: usize, _: usize) -> usize {
-                0
-            }
         }
     };
 }
@@ -159,7 +155,6 @@ group_format!(Q4_0, 18, quads 8, |b| nibbles(b, 2), centred(half(b, 0), 8.0));
 group_format!(Q4_1, 20, quads 8, |b| nibbles(b, 4), two_halves(word(b, 0)));
 group_format!(Q5_0, 22, quads 4, |b| with_fifth(word(b, 2), nibbles(b, 6)), centred(half(b, 0), 16.0));
 group_format!(Q5_1, 24, quads 4, |b| with_fifth(word(b, 4), nibbles(b, 8)), two_halves(word(b, 0)));
-group_format!(Q8_0, 34, quads 1, |b| turn_32(b, 2), centred(half(b, 0), 0.0));
 group_format!(Iq4Nl, 18, quads 1, |b| {
     let book = _mm256_broadcastsi128_si256(_mm_loadu_si128(IQ4_NL.as_ptr().cast()));
     let book = _mm256_xor_si256(book, _mm256_set1_epi8(-128));
@@ -174,7 +169,7 @@ pub(super) struct Scales {
     mins: [__m256i; 2],
 }
 
-/// Header of Q4_K and Q5_K.
+/// Header of Q4_K.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn header_k(blocks: Blocks) -> Scales {
@@ -235,7 +230,7 @@ macro_rules! super_format {
     (
         $name:ident, $bytes:literal, $runs:literal runs of $groups:literal, quads $quads:literal, halves $halves:literal,
         $head:ty: |$b:ident| $read:expr, |$blocks:ident, $r:ident| $bits:expr,
-        |$h:ident, $v:ident, $run:ident, $i:ident, $quad:ident| $levels:expr, number $number:expr
+        |$h:ident, $v:ident, $run:ident, $i:ident, $quad:ident| $levels:expr
     ) => {
         pub(super) struct $name;
         impl Format for $name {
@@ -261,11 +256,7 @@ macro_rules! super_format {
             #[inline]
             #[target_feature(enable = "avx2,fma,f16c")]
             unsafe fn group($h: &$head, $v: &[__m256i; 8], $run: usize, $i: usize) -> Group {
-                $h.0.group(Self::number($run, $i), each(|$quad| $levels))
-            }
-            #[inline(always)]
-            fn number($run: usize, $i: usize) -> usize {
-                $number
+                $h.0.group($groups * $run + $i, each(|$quad| $levels))
             }
         }
     };
@@ -274,28 +265,7 @@ macro_rules! super_format {
 super_format!(
     Q4K, 144, 4 runs of 2, quads 8, halves false,
     (Scales,): |b| (header_k(b),), |b, run| turn_32(b, 16 + 32 * run),
-    |h, v, run, i, quad| bits(v[quad], 4 * i, 0, 15), number 2 * run + i
-);
-
-super_format!(
-    Q5K, 176, 4 runs of 2, quads 4, halves false,
-    (Scales, [__m256i; 8]): |b| (header_k(b), turn_32(b, 16)), |b, run| turn_32(b, 48 + 32 * run),
-    |h, v, run, i, quad| {
-        _mm256_or_si256(bits(v[quad], 4 * i, 0, 15), bits(h.1[quad], 2 * run + i, 4, 16))
-    }, number 2 * run + i
-);
-
-super_format!(
-    Q6K, 210, 4 runs of 2, quads 2, halves true,
-    (HalfScales, [[__m256i; 8]; 2]): |b| {
-        let (scale, scales) = (half(b, 208), turn(b, 192));
-        let scales = HalfScales { scale, min: times(scale, -32.0), scales, mins: scales };
-        (scales, [turn_32(b, 128), turn_32(b, 160)])
-    }, |b, run| turn_32(b, 32 * run),
-    |h, v, run, i, quad| {
-        let high = bits(h.1[run / 2][quad], 2 * (run % 2) + 4 * i, 4, 0x30);
-        _mm256_or_si256(bits(v[quad], 4 * i, 0, 15), high)
-    }, number 4 * (run / 2) + run % 2 + 2 * i
+    |h, v, run, i, quad| bits(v[quad], 4 * i, 0, 15)
 );
 
 super_format!(
@@ -305,7 +275,7 @@ super_format!(
         let (scales, mins) = (packed.map(|v| bits(v, 0, 0, 15)), packed.map(|v| bits(v, 4, 0, 15)));
         (HalfScales { scale, min: times(min, -1.0), scales, mins },)
     }, |b, run| turn_32(b, 16 + 32 * run),
-    |h, v, run, i, quad| bits(v[quad], 2 * i, 0, 3), number 4 * run + i
+    |h, v, run, i, quad| bits(v[quad], 2 * i, 0, 3)
 );
 
 super_format!(
@@ -321,5 +291,5 @@ super_format!(
     }, |b, run| turn_32(b, 32 + 32 * run),
     |h, v, run, i, quad| {
         _mm256_or_si256(bits(v[quad], 2 * i, 0, 3), bits(h.1[quad], 4 * run + i, 2, 4))
-    }, number 4 * run + i
+    }
 );
