@@ -1,8 +1,9 @@
-//! Dot products of one row of blocks with a few quantised tokens, on AVX2.
+//! Dot products of one row of blocks with a few quantised tokens, on AVX2: formats of many bits a level, for which one
+//! token takes longer by eight rows at once ([`lanes_avx2`](super::lanes_avx2)), whose memory arrives more slowly.
 
 use super::{
     gemv_float::avx2::sum,
-    levels::{GROUP, IQ4_NL, q3_scales, scales_and_mins},
+    levels::{GROUP, scales_and_mins},
     pack::Rows,
     quantize::Token,
 };
@@ -25,20 +26,10 @@ pub(super) unsafe fn rows<const T: usize>(
     // SAFETY: passed on.
     unsafe {
         match rows.dtype {
-            DType::Q4_0 => groups::<Q4_0, T>(rows, range, x, put),
-            DType::Q4_1 => groups::<Q4_1, T>(rows, range, x, put),
-            DType::Q5_0 => groups::<Q5_0, T>(rows, range, x, put),
-            DType::Q5_1 => groups::<Q5_1, T>(rows, range, x, put),
-            DType::Q8_0 => groups::<Q8_0, T>(rows, range, x, put),
-            DType::Iq4Nl => groups::<Iq4Nl, T>(rows, range, x, put),
-            DType::Q2K => supers::<Q2K, T>(rows, range, x, put),
-            DType::Q3K => supers::<Q3K, T>(rows, range, x, put),
-            DType::Q4K => supers::<Q4K, T>(rows, range, x, put),
+            DType::Q8_0 => groups::<T>(rows, range, x, put),
             DType::Q5K => supers::<Q5K, T>(rows, range, x, put),
             DType::Q6K => supers::<Q6K, T>(rows, range, x, put),
-            DType::F32 | DType::F16 | DType::Bf16 | DType::U32 => {
-                unreachable!("{} has no blocks", rows.dtype)
-            }
+            dtype => unreachable!("{dtype} takes eight rows at once, or has no blocks"),
         }
     }
 }
@@ -55,19 +46,11 @@ impl Factors {
     const ZERO: Factors = Factors([0.0; SIDE]);
 }
 
-/// A format of 32 elements a block.
-trait Group {
-    const BYTES: usize;
-    /// The levels are signed bytes: no offset.
-    const SIGNED: bool;
-    /// 32 levels.
-    unsafe fn levels(block: *const u8) -> __m256i;
-    /// Scales and offsets of `count` ≤ [`SIDE`] blocks one after the other, then zeros.
-    unsafe fn factors(blocks: *const u8, count: usize) -> [__m256; 2];
-}
+/// Bytes of a block of Q8_0: a scale and 32 signed levels.
+const Q8_0: usize = 34;
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn groups<G: Group, const T: usize>(
+unsafe fn groups<const T: usize>(
     rows: Rows,
     range: Range<usize>,
     x: &[Token; T],
@@ -75,16 +58,16 @@ unsafe fn groups<G: Group, const T: usize>(
 ) {
     for row in range {
         let bytes = rows.row(row);
-        let count = bytes.len() / G::BYTES;
+        let count = bytes.len() / Q8_0;
         let whole = count / SIDE * SIDE;
         let mut acc = [_mm256_setzero_ps(); T];
         // SAFETY: the groups are the row's, of which the tokens have as many.
         unsafe {
             for g in (0..whole).step_by(SIDE) {
-                side::<G, T>(bytes.as_ptr(), g, SIDE, x, &mut acc);
+                side::<T>(bytes.as_ptr(), g, SIDE, x, &mut acc);
             }
             if whole < count {
-                side::<G, T>(bytes.as_ptr(), whole, count - whole, x, &mut acc);
+                side::<T>(bytes.as_ptr(), whole, count - whole, x, &mut acc);
             }
         }
         put(row, &acc.map(|acc| sum(acc)));
@@ -94,7 +77,7 @@ unsafe fn groups<G: Group, const T: usize>(
 /// Adds the products of groups `g` to `g + count`, at most [`SIDE`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn side<G: Group, const T: usize>(
+unsafe fn side<const T: usize>(
     row: *const u8,
     g: usize,
     count: usize,
@@ -104,27 +87,20 @@ unsafe fn side<G: Group, const T: usize>(
     let mut factors = [Factors::ZERO; T];
     // SAFETY: the caller vouches for the groups; a prefetch never faults.
     unsafe {
-        let blocks = row.add(g * G::BYTES);
-        for line in 0..(SIDE * G::BYTES).div_ceil(64) {
+        let blocks = row.add(g * Q8_0);
+        for line in 0..(SIDE * Q8_0).div_ceil(64) {
             _mm_prefetch::<_MM_HINT_T0>(blocks.wrapping_add(PREFETCH + 64 * line).cast());
         }
-        let [scales, offsets] = G::factors(blocks, count);
+        let scales = halves(blocks, count);
         for t in 0..T {
             let scale = _mm256_mul_ps(scales, some(x[t].scale.as_ptr().add(g), count));
             _mm256_store_ps(factors[t].0.as_mut_ptr(), scale);
-            if !G::SIGNED {
-                acc[t] = _mm256_fmadd_ps(offsets, some(x[t].sum.as_ptr().add(g), count), acc[t]);
-            }
         }
         for i in 0..count {
-            let levels = G::levels(blocks.add(i * G::BYTES));
+            let levels = load(blocks.add(i * Q8_0 + 2));
             for t in 0..T {
                 let v = load(x[t].q.as_ptr().add(GROUP * (g + i)).cast());
-                let product = if G::SIGNED {
-                    _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(v, levels))
-                } else {
-                    _mm256_maddubs_epi16(levels, v)
-                };
+                let product = _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(v, levels));
                 let product = _mm256_cvtepi32_ps(_mm256_madd_epi16(product, _mm256_set1_epi16(1)));
                 acc[t] = _mm256_fmadd_ps(product, _mm256_broadcast_ss(&factors[t].0[i]), acc[t]);
             }
@@ -146,85 +122,18 @@ unsafe fn some(from: *const f32, count: usize) -> __m256 {
     }
 }
 
-/// The half-precision number `at` bytes into each of `count` ≤ [`SIDE`] blocks, then zeros.
+/// The scales of `count` ≤ [`SIDE`] blocks of Q8_0, then zeros.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn halves<const BYTES: usize>(blocks: *const u8, at: usize, count: usize) -> __m256 {
+unsafe fn halves(blocks: *const u8, count: usize) -> __m256 {
     let half = |i: usize| match i < count {
         // SAFETY: the caller vouches for `count` blocks.
-        true => unsafe { blocks.add(i * BYTES + at).cast::<i16>().read_unaligned() },
+        true => unsafe { blocks.add(i * Q8_0).cast::<i16>().read_unaligned() },
         false => 0,
     };
     let all = _mm_setr_epi16(half(0), half(1), half(2), half(3), half(4), half(5), half(6), half(7));
     _mm256_cvtph_ps(all)
 }
-
-/// Scales at the blocks' beginning, and offsets of minus `centre` levels.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn centred<const BYTES: usize>(blocks: *const u8, count: usize, centre: f32) -> [__m256; 2] {
-    // SAFETY: passed on.
-    let scales = unsafe { halves::<BYTES>(blocks, 0, count) };
-    [scales, _mm256_mul_ps(scales, _mm256_set1_ps(-centre))]
-}
-
-/// 16 bytes: low nibbles, then high ones.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn nibbles(from: *const u8) -> __m256i {
-    // SAFETY: the caller vouches for 16 bytes.
-    let both = unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(from.cast())) };
-    let shifted = _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
-    _mm256_and_si256(shifted, _mm256_set1_epi8(15))
-}
-
-/// 4 bytes of bits as 32 bytes of 0 or 16.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn fifth_bits(from: *const u8) -> __m256i {
-    // SAFETY: the caller vouches for 4 bytes.
-    let bits = _mm256_set1_epi32(unsafe { from.cast::<i32>().read_unaligned() });
-    let (a, b) = (0x0101_0101_0101_0101, 0x0202_0202_0202_0202);
-    let spread = _mm256_shuffle_epi8(bits, _mm256_setr_epi64x(0, a, b, a + b));
-    let mask = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-    let set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, mask), mask);
-    _mm256_and_si256(set, _mm256_set1_epi8(16))
-}
-
-macro_rules! group_format {
-    ($name:ident, $bytes:literal, signed $signed:literal, |$block:ident| $levels:expr, |$blocks:ident, $count:ident| $factors:expr) => {
-        struct $name;
-        impl Group for $name {
-            const BYTES: usize = $bytes;
-            const SIGNED: bool = $signed;
-            #[inline(always)]
-            unsafe fn levels($block: *const u8) -> __m256i {
-                // SAFETY: one block is readable, and the caller has AVX2.
-                unsafe { $levels }
-            }
-            #[inline(always)]
-            unsafe fn factors($blocks: *const u8, $count: usize) -> [__m256; 2] {
-                // SAFETY: as above, for as many blocks.
-                unsafe { $factors }
-            }
-        }
-    };
-}
-
-group_format!(Q4_0, 18, signed false, |b| nibbles(b.add(2)), |b, n| centred::<18>(b, n, 8.0));
-group_format!(Q4_1, 20, signed false, |b| nibbles(b.add(4)), |b, n| [halves::<20>(b, 0, n), halves::<20>(b, 2, n)]);
-group_format!(Q5_0, 22, signed false, |b| {
-    _mm256_or_si256(nibbles(b.add(6)), fifth_bits(b.add(2)))
-}, |b, n| centred::<22>(b, n, 16.0));
-group_format!(Q5_1, 24, signed false, |b| {
-    _mm256_or_si256(nibbles(b.add(8)), fifth_bits(b.add(4)))
-}, |b, n| [halves::<24>(b, 0, n), halves::<24>(b, 2, n)]);
-group_format!(Q8_0, 34, signed true, |b| load(b.add(2)), |b, n| centred::<34>(b, n, 0.0));
-group_format!(Iq4Nl, 18, signed true, |b| {
-    let book = _mm256_broadcastsi128_si256(_mm_loadu_si128(IQ4_NL.as_ptr().cast()));
-    let levels = _mm256_shuffle_epi8(book, nibbles(b.add(2)));
-    _mm256_xor_si256(levels, _mm256_set1_epi8(-128))
-}, |b, n| centred::<18>(b, n, 0.0));
 
 /// A format of 256 elements a block, in eight groups with integer scales.
 trait Super: Sized {
@@ -328,7 +237,7 @@ struct Scales {
     offsets: [__m256; 2],
 }
 
-/// Header of Q4_K and Q5_K.
+/// Header of Q5_K.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn header_k(block: *const u8) -> Scales {
@@ -398,10 +307,6 @@ macro_rules! super_format {
     };
 }
 
-super_format!(Q4K, 144, halves false, |b| header_k(b), |b, i| {
-    bits(load(b.add(16 + 32 * (i / 2))), 4 * (i % 2), 15)
-});
-
 super_format!(Q5K, 176, halves false, |b| header_k(b), |b, i| {
     let high = load(b.add(16));
     let fifth = if i < 4 { bits_up(high, 4 - i, 16) } else { bits(high, i - 4, 16) };
@@ -416,26 +321,4 @@ super_format!(Q6K, 210, halves true, |b| {
     let high = load(b.add(128 + 32 * half));
     let high = if part < 2 { bits_up(high, 4 - 2 * part, 0x30) } else { bits(high, 2 * part - 4, 0x30) };
     _mm256_or_si256(bits(load(b.add(64 * half + 32 * (part % 2))), 4 * (part / 2), 15), high)
-});
-
-super_format!(Q2K, 84, halves true, |b| {
-    let packed = _mm_loadu_si128(b.cast());
-    let low = _mm_set1_epi8(15);
-    let mins = _mm_and_si128(_mm_srli_epi16::<4>(packed), low);
-    Scales {
-        scales: _mm_and_si128(packed, low),
-        scale: f16(b.add(80)),
-        offsets: scaled_halves(mins, -f16(b.add(82))),
-    }
-}, |b, i| bits(load(b.add(16 + 32 * (i / 4))), 2 * (i % 4), 3));
-
-super_format!(Q3K, 110, halves true, |b| {
-    let scales = q3_scales(std::slice::from_raw_parts(b.add(96), 12));
-    let scales = _mm_sub_epi8(_mm_loadu_si128(scales.as_ptr().cast()), _mm_set1_epi8(32));
-    let d = f16(b.add(108));
-    Scales { scales, scale: d, offsets: scaled_halves(scales, -4.0 * d) }
-}, |b, i| {
-    let high = load(b);
-    let third = if i < 2 { bits_up(high, 2 - i, 4) } else { bits(high, i - 2, 4) };
-    _mm256_or_si256(bits(load(b.add(32 + 32 * (i / 4))), 2 * (i % 4), 3), third)
 });

@@ -97,7 +97,8 @@ pub(super) struct Input {
 }
 
 impl Input {
-    fn at(x: &Activations, token: usize, k: usize, n: usize) -> Input {
+    /// From `token` on, columns `k..k + n`.
+    pub fn at(x: &Activations, token: usize, k: usize, n: usize) -> Input {
         let token = x.token(token).after(k);
         Input {
             groups: n / GROUP,

@@ -8,10 +8,14 @@ use super::{
     pack::{Rows, unpack},
     quantize::{Activations, Token},
 };
+#[cfg(target_arch = "x86_64")]
+use super::{gemm_int8::Input, lanes_avx2};
 use std::ops::Range;
 
-/// As many tokens' sums have registers.
-const TOKENS: usize = 8;
+/// Rows that the kernels take side by side.
+pub(super) const ROWS: usize = 8;
+/// Tokens that share a reading of the weights.
+pub(super) const TOKENS: usize = 8;
 
 /// `y[tokens, rows] = x · Wᵀ`.
 ///
@@ -24,6 +28,21 @@ pub(super) unsafe fn gemv_quant(
     x: &Activations,
     output: Output,
 ) {
+    // SAFETY: a row and a token in range, ours alone says the caller.
+    let put = |token: usize, row: usize, y: f32| unsafe { output.put(token, row, y) };
+    #[cfg(target_arch = "x86_64")]
+    if simd != Simd::Portable && lanes_avx2::takes(rows.dtype) {
+        for begin in (0..x.tokens()).step_by(TOKENS) {
+            let count = TOKENS.min(x.tokens() - begin);
+            let input = Input::at(x, begin, 0, x.cols());
+            let put = |token: usize, first: usize, y: &[f32]| {
+                y.iter().enumerate().for_each(|(i, &y)| put(begin + token, first + i, y));
+            };
+            // SAFETY: the level says that the processor has AVX2; rows and tokens have the same number of columns.
+            unsafe { lanes_avx2::rows(rows, range.clone(), input, count, put) }
+        }
+        return;
+    }
     let mut token = 0;
     while token < x.tokens() {
         // A block that is read for eight is taken apart once.
@@ -35,15 +54,10 @@ pub(super) unsafe fn gemv_quant(
         let tokens: [Token; TOKENS] = std::array::from_fn(|i| x.token(token + i.min(count - 1)));
         let begin = token;
         token += count;
-        let put = |row: usize, y: &[f32]| {
-            for (i, &y) in y.iter().enumerate() {
-                // SAFETY: a row and a token in range, ours alone says the caller.
-                unsafe { output.put(begin + i, row, y) }
-            }
-        };
+        let put = |row: usize, y: &[f32]| y.iter().enumerate().for_each(|(i, &y)| put(begin + i, row, y));
         #[cfg(target_arch = "x86_64")]
         if simd != Simd::Portable {
-            // SAFETY: the level says that the processor has AVX2; rows and tokens have the same number of columns.
+            // SAFETY: as above.
             unsafe {
                 match count {
                     1 => super::dots_avx2::rows(rows, range.clone(), first::<1>(&tokens), put),

@@ -31,6 +31,8 @@ mod gemm_f32;
 mod gemm_int8;
 mod gemv_float;
 mod gemv_quant;
+#[cfg(target_arch = "x86_64")]
+mod lanes_avx2;
 mod levels;
 mod pack;
 mod quantize;
@@ -198,7 +200,8 @@ fn parts(simd: Simd, pass: Pass, precision: Precision, weight: &Weight, threads:
             if even >= 64 { 64 } else { 32 }
         } else {
             // Long tasks: the processor's own prefetching has to find its stride anew in each.
-            stride.div_ceil(8 * threads).max(TASK_BYTES / row_bytes.max(1)).max(1)
+            let even = stride.div_ceil(8 * threads).max(TASK_BYTES / row_bytes.max(1));
+            even.next_multiple_of(gemv_quant::ROWS)
         };
         parts.push(Part {
             method,

@@ -316,6 +316,26 @@ fn neither_threads_nor_neighbours_change_a_bit() {
     }
 }
 
+#[test]
+fn a_token_decodes_alike_alone_and_among_any_number() {
+    let mut random = Random(29);
+    for dtype in FORMATS {
+        // Rows left over by any number of them side by side.
+        let (rows, cols) = (21, 768);
+        let weight = Weight::new(random_matrix(&mut random, dtype, rows, cols));
+        let x = random_input(&mut random, 9, cols);
+        for simd in Simd::testable() {
+            let case =
+                Case { simd, pass: Pass::Decode, precision: Precision::Fast, threads: 2, accumulate: false };
+            let all = compute(&case, &x, 9, &weight);
+            for tokens in 1..9 {
+                let some = compute(&case, &x[..tokens * cols], tokens, &weight);
+                assert_eq!(some, all[..tokens * rows], "{dtype} by {tokens} on {simd}");
+            }
+        }
+    }
+}
+
 /// Where the processor has what the software level stands for.
 #[test]
 fn software_gives_the_bits_of_the_processor() {
