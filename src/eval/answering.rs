@@ -86,7 +86,7 @@ impl<'a> Asker<'a> {
                 let aligned = start.elapsed();
                 let other = match variant {
                     Variant::Swap => {
-                        let before = index.checked_sub(1).unwrap_or(self.questions.items.len() - 1);
+                        let before = asking::swapped_with(index, self.questions.items.len());
                         Some(self.models.pair.align(self.messages(false, before), &response, None)?)
                     }
                     _ => None,

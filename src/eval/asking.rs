@@ -66,6 +66,11 @@ pub fn best_choice(logits: &[f32], letters: &[u32], choices: usize) -> usize {
     best.fold((0, f32::NEG_INFINITY), |best, next| if next.1 > best.1 { next } else { best }).0
 }
 
+/// Whose sharers' caches question `index` of `count` is given in a swap: those of the one before, which are at hand.
+pub fn swapped_with(index: usize, count: usize) -> usize {
+    (index + count - 1) % count
+}
+
 /// Lets the sharers read `other` in the place of what they read: a receiver's token takes the column that is as far from the end, where
 /// prompts of a kind are alike, or the first.
 pub fn swap(own: &mut Prompt, other: &Prompt) {

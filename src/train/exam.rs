@@ -115,7 +115,7 @@ impl Exam {
         })
     }
 
-    /// The receiver with the fusers of `pair` as they are. `swap`: each question with the sharers' caches of the next one.
+    /// The receiver with the fusers of `pair` as they are. `swap`: each question with the sharers' caches of the one before.
     pub fn c2c(
         &self,
         mode: &str,
@@ -129,7 +129,7 @@ impl Exam {
         self.score(mode, receiver, |index, question| {
             let mut own = prompt(index)?;
             if swap {
-                let other = prompt((index + 1) % self.questions.len())?;
+                let other = prompt(asking::swapped_with(index, self.questions.len()))?;
                 asking::swap(&mut own, &other);
             }
             let labels = vec![IGNORED; own.ids.len()];

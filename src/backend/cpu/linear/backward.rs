@@ -147,7 +147,7 @@ unsafe fn task_product(
     for (row, sums) in rows.zip(sums.chunks_exact(columns.len())) {
         for (column, &sum) in columns.clone().zip(sums) {
             // SAFETY: in range, and ours alone, says the caller.
-            unsafe { output.put(row, column, sum) }
+            unsafe { output.put(row, column, &[sum]) }
         }
     }
 }

@@ -23,16 +23,24 @@ impl Output<'_> {
         unsafe { self.y.get().add(token * self.stride + self.column + row) }
     }
 
-    /// Stores a finished product.
+    /// Stores finished products of a token with the rows from `row` on.
     ///
     /// # Safety
-    /// As [`Output::at`].
+    /// As [`Output::at`], for all of the rows.
     #[inline(always)]
-    pub unsafe fn put(&self, token: usize, row: usize, product: f32) {
-        let value = product + self.bias.map_or(0.0, |bias| bias[row]);
+    pub unsafe fn put(&self, token: usize, row: usize, products: &[f32]) {
         // SAFETY: says the caller.
-        let y = unsafe { &mut *self.at(token, row) };
-        *y = if self.accumulate { *y + value } else { value };
+        let y = unsafe { std::slice::from_raw_parts_mut(self.at(token, row), products.len()) };
+        match self.bias.map(|bias| &bias[row..][..products.len()]) {
+            None if self.accumulate => y.iter_mut().zip(products).for_each(|(y, product)| *y += product),
+            None => y.copy_from_slice(products),
+            Some(bias) => {
+                for ((y, product), bias) in y.iter_mut().zip(products).zip(bias) {
+                    let value = product + bias;
+                    *y = if self.accumulate { *y + value } else { value };
+                }
+            }
+        }
     }
 
     /// Puts what the products are added to.

@@ -42,7 +42,7 @@ pub(super) unsafe fn gemv_float(
                 dots(simd, dtype, bytes, cols, &x[token * cols..][..count * cols], &mut y[..count]);
                 for (i, &y) in y[..count].iter().enumerate() {
                     // SAFETY: a row and a token in range, ours alone says the caller.
-                    unsafe { output.put(token + i, row, y) }
+                    unsafe { output.put(token + i, row, &[y]) }
                 }
             }
         }

@@ -28,16 +28,14 @@ pub(super) unsafe fn gemv_quant(
     x: &Activations,
     output: Output,
 ) {
-    // SAFETY: a row and a token in range, ours alone says the caller.
-    let put = |token: usize, row: usize, y: f32| unsafe { output.put(token, row, y) };
+    // SAFETY: rows and a token in range, ours alone says the caller.
+    let put = |token: usize, row: usize, y: &[f32]| unsafe { output.put(token, row, y) };
     #[cfg(target_arch = "x86_64")]
     if simd != Simd::Portable && lanes_avx2::takes(rows.dtype) {
         for begin in (0..x.tokens()).step_by(TOKENS) {
             let count = TOKENS.min(x.tokens() - begin);
             let input = Input::at(x, begin, 0, x.cols());
-            let put = |token: usize, first: usize, y: &[f32]| {
-                y.iter().enumerate().for_each(|(i, &y)| put(begin + token, first + i, y));
-            };
+            let put = |token: usize, first: usize, y: &[f32]| put(begin + token, first, y);
             // SAFETY: the level says that the processor has AVX2; rows and tokens have the same number of columns.
             unsafe { lanes_avx2::rows(rows, range.clone(), input, count, put) }
         }
@@ -54,7 +52,7 @@ pub(super) unsafe fn gemv_quant(
         let tokens: [Token; TOKENS] = std::array::from_fn(|i| x.token(token + i.min(count - 1)));
         let begin = token;
         token += count;
-        let put = |row: usize, y: &[f32]| y.iter().enumerate().for_each(|(i, &y)| put(begin + i, row, y));
+        let put = |row: usize, y: &[f32]| y.iter().enumerate().for_each(|(i, &y)| put(begin + i, row, &[y]));
         #[cfg(target_arch = "x86_64")]
         if simd != Simd::Portable {
             // SAFETY: as above.
