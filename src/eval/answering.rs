@@ -121,11 +121,6 @@ impl<'a> Asker<'a> {
         let (text, ids) = asking::alone(tokenizer, self.messages(lesson, index), &response)?;
         let tokenised = start.elapsed();
         let mut prompted = self.models.pair.read(who, &ids, self.options.more(&self.questions.task))?;
-        if let (Who::Sharer(sharer), false) = (who, lesson)
-            && self.options.modes.iter().any(Mode::fuses)
-        {
-            self.models.pair.keep(sharer, &ids, prompted.started.elapsed())?;
-        }
         prompted.charge(tokenised);
         let letters = self.questions.letters.get(&key(who));
         let of_letters = |tokens: &Vec<u32>| {

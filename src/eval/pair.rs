@@ -48,7 +48,7 @@ pub struct Prompted {
     /// `[vocab]`
     pub logits: Vec<f32>,
     pub cost: Cost,
-    pub started: Instant,
+    started: Instant,
     /// What was spent before: the Sharers' caches, tokenising.
     before: Option<Duration>,
     who: Who,
@@ -86,6 +86,8 @@ struct Known {
 struct Alone {
     lane: Option<Lane>,
     room: usize,
+    /// How long it took to read what the lane holds.
+    took: Duration,
 }
 
 /// Lanes grow by as many tokens.
@@ -213,7 +215,8 @@ impl Pair {
         let positions: Vec<u32> = (0..ids.len() as u32).collect();
         lane.append(ids, &positions, Goal::Hidden, |_, _| {})?;
         let logits = lane.logits()?;
-        let spent = ms(started.elapsed());
+        alone.took = started.elapsed();
+        let spent = ms(alone.took);
         let mut cost = Cost { sharer_ms: Some(0.0), first_token_ms: Some(spent), ..Cost::default() };
         match who {
             Who::Sharer(_) => cost.sharer_ms = Some(spent),
@@ -387,46 +390,44 @@ impl Pair {
                 match self.stores.get(s).and_then(|store| store.get(piece)) {
                     Some(kept) => Known { sharer: s, prompt: Arc::new(kept), took: None },
                     None => {
-                        let start = Instant::now();
-                        let model = &self.session.sharers[s];
-                        let lane = self.sharers[s].empty(&self.session, model, own.ids.len())?;
-                        lane.append(&own.ids, &own.positions, Goal::Cache, |_, _| {})?;
-                        lane.queue.synchronize()?;
-                        self.captured(s, piece, start.elapsed())?
+                        self.read_for_fusing(s, piece)?;
+                        let alone = &self.sharers[s];
+                        let lane = alone.lane.as_ref().expect("it holds what was read");
+                        let snapshot = lane.capture(self.domains[s].clone(), piece.positions)?;
+                        if let Some(store) = self.stores.get(s) {
+                            store.put(piece, &snapshot)?;
+                        }
+                        Known { sharer: s, prompt: Arc::new(snapshot), took: Some(alone.took) }
                     }
                 }
             }
         };
         let found = (known.prompt.clone(), known.took);
-        self.remember(known);
-        Ok(found)
-    }
-
-    /// What a Sharer has just read on its own need not be read again where it is to be fused.
-    pub fn keep(&mut self, sharer: usize, ids: &[u32], took: Duration) -> Result<(), Error> {
-        let positions: Vec<u32> = (0..ids.len() as u32).collect();
-        let known = self.captured(sharer, Piece { ids, positions: &positions }, took)?;
-        self.remember(known);
-        Ok(())
-    }
-
-    /// The cache in a Sharer's lane, which holds `piece` alone.
-    fn captured(&self, sharer: usize, piece: Piece, took: Duration) -> Result<Known, Error> {
-        let lane = self.sharers[sharer].lane.as_ref().expect("a prompt was read in it");
-        let snapshot = lane.capture(self.domains[sharer].clone(), piece.positions)?;
-        if let Some(store) = self.stores.get(sharer).filter(|store| !store.has(piece)) {
-            store.put(piece, &snapshot)?;
-        }
-        Ok(Known { sharer, prompt: Arc::new(snapshot), took: Some(took) })
-    }
-
-    /// The last used stay: this question's, that of the one before (swap), the generic text's.
-    fn remember(&mut self, known: Known) {
+        // The last used stay: this question's, that of the one before (swap), the generic text's.
         self.known.push(known);
         let most = 4 * self.session.sharers.len();
         if self.known.len() > most {
             self.known.remove(0);
         }
+        Ok(found)
+    }
+
+    /// Leaves a Sharer's columns of `piece` in its lane. It need not read again what it has just read to answer itself: that goes on with
+    /// the end of the question's turn and the answer's beginning, which the columns before them do not know of.
+    fn read_for_fusing(&mut self, s: usize, piece: Piece) -> Result<(), Error> {
+        let alone = &mut self.sharers[s];
+        let len = piece.ids.len();
+        let counted = piece.positions.iter().copied().eq(0..len as u32);
+        if let Some(lane) = alone.lane.as_mut().filter(|lane| counted && lane.ids().starts_with(piece.ids)) {
+            lane.truncate(len, len as u32);
+            return Ok(());
+        }
+        let start = Instant::now();
+        let lane = alone.empty(&self.session, &self.session.sharers[s], len)?;
+        lane.append(piece.ids, piece.positions, Goal::Cache, |_, _| {})?;
+        lane.queue.synchronize()?;
+        alone.took = start.elapsed();
+        Ok(())
     }
 }
 
