@@ -28,6 +28,7 @@ use axum::{
     middleware,
     response::{IntoResponse, Response},
     routing::{get, post},
+    serve::ListenerExt,
 };
 use serde_json::{Value, json};
 use std::{future::Future, io, sync::Arc, time::Duration};
@@ -94,6 +95,12 @@ pub async fn run(
         }
         let _ = told.send(true);
     };
+    // A token is a small packet: Nagle's algorithm would hold it back until the one before it is acknowledged, 40 ms on a connection that is kept.
+    let listener = listener.tap_io(|connection| {
+        if let Err(error) = connection.set_nodelay(true) {
+            log::warn!("a connection will wait for acknowledgements: {error}");
+        }
+    });
     let served = axum::serve(listener, router(server, cors)).with_graceful_shutdown(stop);
     let cut = async move {
         // Without a sender nobody stops it.
