@@ -3,7 +3,7 @@
 
     scripts/serve_speed.py [MODEL AND MACHINE FLAGS]      e.g. --receiver smol.gguf --device cpu
 
-Runs target/release/generate and target/release/serve-local with those flags. Prints medians; needs a quiet machine.
+Runs target/release/generate and target/release/serve-local with those flags. Prints medians; needs curl and a quiet machine.
 """
 
 import http.client
@@ -13,7 +13,6 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 
 TARGET = pathlib.Path(__file__).resolve().parent.parent / "target" / "release"
@@ -63,13 +62,18 @@ def main():
         first, own = (statistics.median(run[i] for run in runs) for i in (0, 2))
         print(f"first token: generate {statistics.median(alone) * 1e3:.2f} ms, server {own * 1e3:.2f} ms, "
               f"on the wire {first * 1e3:.2f} ms")
+        # Some seconds of one stream.
+        answers = max(1, round(5 / stream(address, TOKENS, "c")[1]))
         rates = {}
         for streams in (1, 8):
-            threads = [threading.Thread(target=stream, args=(address, TOKENS, f"b{streams}-{i}")) for i in range(streams)]
+            # curl counts nothing, so that it takes little of the machine; one connection a stream is kept for all answers.
+            body = {"model": "receiver", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
+            command = ["curl", "-sNf", "-o", "/dev/null", "-H", "Content-Type: application/json", "-d", json.dumps(body),
+                       f"http://{address}/v1/chat/completions?answer=[1-{answers}]"]
             began = time.perf_counter()
-            [thread.start() for thread in threads]
-            [thread.join() for thread in threads]
-            rates[streams] = streams * TOKENS / (time.perf_counter() - began)
+            readers = [subprocess.Popen(command) for _ in range(streams)]
+            assert all(reader.wait() == 0 for reader in readers), "curl failed"
+            rates[streams] = streams * answers * TOKENS / (time.perf_counter() - began)
             print(f"{streams} streams: {rates[streams]:.0f} tokens/s")
         print(f"8 streams give {rates[8] / rates[1]:.2f} times the tokens of one")
     finally:
