@@ -90,9 +90,10 @@ fn the_built_in_pair_is_measured_in_all_modes() {
     let versus = &row(&summary, "c2c")["versus"];
     assert!(versus["p"].as_f64().unwrap() < 1e-6 && versus["low"].as_f64().unwrap() > 0.3, "{versus}");
     assert!(row(&summary, "c2c")["gap_recovered"].as_f64().unwrap() > 0.9);
-    // A Sharer's cache is computed once: c2c pays for it, and controls on the same cache say the same time.
+    // A Sharer reads a question once: its answer and c2c say the same time, and so do controls on the same cache.
     let cost = |mode: &str, what: &str| row(&summary, mode)["cost"][what].as_f64().unwrap();
     assert!(cost("c2c", "sharer_ms") > 0.0 && cost("c2c", "bytes") > 1000.0 && cost("t2t", "bytes") > 10.0);
+    assert_eq!(cost("c2c", "sharer_ms"), cost("sharer", "sharer_ms"));
     assert_eq!(cost("c2c", "sharer_ms"), cost("c2c-open", "sharer_ms"));
     assert!(cost("c2c", "first_token_ms") >= cost("c2c", "sharer_ms") + cost("c2c", "fuse_ms"));
     assert!(printed.contains("So the gain is communication"), "{printed}");

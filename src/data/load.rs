@@ -42,7 +42,7 @@ pub enum LoadError {
 }
 
 fn said(rejected: &Rejected) -> String {
-    if rejected.is_empty() { ": it has none that is asked for".into() } else { format!("\n{rejected}") }
+    if rejected.is_empty() { ": none was found".into() } else { format!("\n{rejected}") }
 }
 
 /// A data set in memory.

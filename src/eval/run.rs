@@ -239,11 +239,19 @@ fn ask(
     if let Some(router) = &router {
         manifest.keep_router(&questions.task.name, router)?;
     }
+    // What a Sharer reads to answer is still there when it is fused, unless it has read something else meanwhile.
+    let mut order: Vec<usize> = (0..files.len()).collect();
+    order.sort_by_key(|&at| match options.modes[at] {
+        Mode::Sharer(_) | Mode::Router => 0,
+        Mode::T2t(_) => 2,
+        _ => 1,
+    });
     let total = questions.items.len() * files.len();
     let mut done = 0;
     let mut asker = Asker::new(options, questions, models, router.as_ref());
     for (index, item) in questions.items.iter().enumerate() {
-        for (mode, file) in options.modes.iter().zip(&mut files) {
+        for &at in &order {
+            let (mode, file) = (&options.modes[at], &mut files[at]);
             if !file.has(item.number) {
                 if stop.load(Ordering::Relaxed) {
                     return Err(Error::Interrupted);
